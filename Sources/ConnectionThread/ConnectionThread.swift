@@ -1,0 +1,219 @@
+internal import Synchronization
+
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
+/// What a connection thread waits for before its next round.
+package struct Interest: Sendable {
+    /// Come round when the socket takes bytes again, not only when it has some.
+    package var writable: Bool
+    /// Come round at this time at the latest: a heartbeat, a timer.
+    package var timer: MonotonicTime?
+
+    package init(writable: Bool = false, timer: MonotonicTime? = nil) {
+        self.writable = writable
+        self.timer = timer
+    }
+}
+
+/// The protocol spoken over one connection. Created, used and dropped on its connection thread only, so it needs no
+/// locks for what is its own.
+package protocol ConnectionDriver: AnyObject {
+    /// The socket to poll.
+    var descriptor: Int32 { get }
+
+    /// Takes what callers have left, acts on it, and reads until the socket is silent. An error ends the thread.
+    func round(now: MonotonicTime) throws -> Interest
+
+    /// The last call on the thread: says goodbye (if `error` is nil), frees what is held, and answers whoever waits.
+    func finish(_ error: (any Error)?)
+}
+
+/// One operating system thread that owns one C connection; nothing else ever touches its handle.
+///
+/// Its loop: round (mailbox, act, read frames until there are none, timers), then `poll(socket, eventfd)`. Callers leave
+/// work where the driver finds it and call ``wake()``. The stack is 16 MiB, because librabbitmq recurses over nested
+/// header tables and a frame has room for 18,000 levels.
+///
+/// The ``Watchdog`` ends a round that takes longer than the stall limit: it shuts the socket down through a duplicate
+/// of the descriptor (the C library may close the original, and the number may be used again by then), which makes
+/// every system call on it return. Only the thread itself frees the connection.
+package final class ConnectionThread: WatchdogTarget {
+    package static let stackSize = 16 << 20
+
+    private struct Lifecycle {
+        var isFinished = false
+        var waiting: [CheckedContinuation<Void, Never>] = []
+    }
+
+    private let wakeup: Wakeup
+    private let stallLimit: Duration
+    private let checkCalls: @Sendable (MonotonicTime) -> MonotonicTime?
+    private let onStall: @Sendable () -> Void
+
+    private let isSignalled = Atomic<Bool>(false)
+    private let isStopping = Atomic<Bool>(false)
+    private let roundEnds = Atomic<UInt64>(UInt64.max)
+    private let socketCopy = Mutex<Int32>(-1)
+    private let lifecycle = Mutex(Lifecycle())
+
+    /// - Parameters:
+    ///   - stallLimit: How long the thread may stay away in one round before its socket is shut down.
+    ///   - checkCalls: Ends calls past their deadline and returns the next one. Runs on the watchdog's thread.
+    ///   - onStall: Answers whoever waits for a thread that hangs. Runs on the watchdog's thread, once per stall.
+    package init(
+        stallLimit: Duration,
+        checkCalls: @escaping @Sendable (MonotonicTime) -> MonotonicTime? = { _ in nil },
+        onStall: @escaping @Sendable () -> Void = {}
+    ) throws {
+        self.wakeup = try Wakeup()
+        self.stallLimit = stallLimit
+        self.checkCalls = checkCalls
+        self.onStall = onStall
+    }
+
+    /// Starts the thread. `open` makes the driver on it, and may block: it is under the watchdog too.
+    package func start(
+        name: String,
+        openLimit: Duration,
+        open: @escaping @Sendable (ConnectionThread) throws -> any ConnectionDriver,
+        failed: @escaping @Sendable (any Error) -> Void
+    ) throws {
+        try Watchdog.shared.add(self)
+        do {
+            try startThread(name: name, stackSize: Self.stackSize) { [self] in
+                run(openLimit: openLimit, open: open, failed: failed)
+            }
+        } catch {
+            Watchdog.shared.remove(self)
+            throw error
+        }
+    }
+
+    /// Makes the thread come round soon. Any thread; one system call at most per round.
+    package func wake() {
+        if !isSignalled.exchange(true, ordering: .acquiringAndReleasing) { wakeup.signal() }
+    }
+
+    /// Asks the thread to end after its current round. ``join()`` waits for that.
+    package func stop() {
+        isStopping.store(true, ordering: .releasing)
+        wake()
+    }
+
+    /// Returns when the thread has ended. Bounded by the watchdog, hence not cancellable.
+    package func join() async {
+        await withCheckedContinuation { continuation in
+            let finished = lifecycle.withLock { state in
+                if !state.isFinished { state.waiting.append(continuation) }
+                return state.isFinished
+            }
+            if finished { continuation.resume() }
+        }
+    }
+
+    /// Lets the watchdog shut this socket down. The driver calls it as soon as it has a descriptor, before it blocks.
+    package func guardSocket(_ descriptor: Int32) {
+        let copy = fcntl(descriptor, F_DUPFD_CLOEXEC, 0)
+        let old = socketCopy.withLock { current in
+            defer { current = copy }
+            return current
+        }
+        if old >= 0 { Socket.close(old) }
+    }
+
+    /// Shuts the socket down from any thread: whatever waits on it returns at once.
+    package func severSocket() {
+        // Under the lock, so that the copy is not closed, and its number used again, in between.
+        socketCopy.withLock { copy in
+            if copy >= 0 { _ = shutdown(copy, Int32(SHUT_RDWR)) }
+        }
+    }
+
+    package func check(now: MonotonicTime) -> MonotonicTime? {
+        let end = roundEnds.load(ordering: .sequentiallyConsistent)
+        var next = MonotonicTime(nanoseconds: end)
+        if now.nanoseconds >= end {
+            severSocket()
+            onStall()
+            // If that did not free it, look again; callers have been answered.
+            next = now.advanced(by: .seconds(1))
+        }
+        if let deadline = checkCalls(now) { next = min(next, deadline) }
+        return next == .distantFuture ? nil : next
+    }
+
+    private func beginRound(limit: Duration) {
+        let end = MonotonicTime.now.advanced(by: limit)
+        roundEnds.store(end.nanoseconds, ordering: .sequentiallyConsistent)
+        Watchdog.shared.look(by: end)
+    }
+
+    private func endRound() {
+        roundEnds.store(.max, ordering: .sequentiallyConsistent)
+    }
+
+    private func run(
+        openLimit: Duration,
+        open: (ConnectionThread) throws -> any ConnectionDriver,
+        failed: (any Error) -> Void
+    ) {
+        beginRound(limit: openLimit)
+        do {
+            let driver = try open(self)
+            endRound()
+            let failure: (any Error)?
+            do {
+                try loop(driver)
+                failure = nil
+            } catch {
+                failure = error
+            }
+            beginRound(limit: stallLimit)
+            driver.finish(failure)
+        } catch {
+            failed(error)
+        }
+        endRound()
+        Watchdog.shared.remove(self)
+        let copy = socketCopy.withLock { copy in
+            defer { copy = -1 }
+            return copy
+        }
+        if copy >= 0 { Socket.close(copy) }
+        let waiting = lifecycle.withLock { state in
+            state.isFinished = true
+            defer { state.waiting = [] }
+            return state.waiting
+        }
+        for continuation in waiting { continuation.resume() }
+    }
+
+    private func loop(_ driver: any ConnectionDriver) throws {
+        var entries = [
+            pollfd(fd: driver.descriptor, events: Int16(POLLIN), revents: 0),
+            pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0),
+        ]
+        while true {
+            // Drained first, then the flag lowered, then the work taken: a caller that finds the flag up has left its
+            // work before the flag is lowered, and one that finds it down signals again.
+            if isSignalled.load(ordering: .acquiring) {
+                wakeup.drain()
+                _ = isSignalled.exchange(false, ordering: .acquiringAndReleasing)
+            }
+            let stopping = isStopping.load(ordering: .acquiring)
+            beginRound(limit: stallLimit)
+            let interest = try driver.round(now: .now)
+            endRound()
+            if stopping { return }
+            entries[0].events = Int16(POLLIN) | (interest.writable ? Int16(POLLOUT) : 0)
+            let timeout = interest.timer.map { MonotonicTime.now.pollTimeout(until: $0) } ?? -1
+            _ = poll(&entries, nfds_t(entries.count), timeout)
+        }
+    }
+}

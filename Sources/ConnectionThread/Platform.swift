@@ -1,0 +1,172 @@
+// Everything that differs between Linux and Darwin is in this file.
+
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
+#if os(Linux)
+internal import CConnectionThread
+
+#if canImport(Glibc)
+let streamSocket = Int32(SOCK_STREAM.rawValue)
+#else
+let streamSocket = Int32(SOCK_STREAM)
+#endif
+let noSignal = Int32(MSG_NOSIGNAL)
+let tcpProtocol = Int32(IPPROTO_TCP)
+private let corkOption = TCP_CORK
+#else
+let streamSocket = SOCK_STREAM
+let noSignal: Int32 = 0
+let tcpProtocol = IPPROTO_TCP
+private let corkOption = TCP_NOPUSH
+#endif
+
+/// The operating system's own words for an error number.
+package func describe(errno code: Int32) -> String {
+    String(cString: strerror(code))
+}
+
+func setOption(_ descriptor: Int32, _ level: Int32, _ option: Int32, _ value: Int32) {
+    var value = value
+    // The result is ignored: these options tune a socket, none is needed for it to be right.
+    _ = setsockopt(descriptor, level, option, &value, socklen_t(MemoryLayout<Int32>.size))
+}
+
+/// Makes a fresh socket ready for a connection thread: non-blocking, closed on exec, no delay, no SIGPIPE.
+func prepare(socket descriptor: Int32) {
+    _ = fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) | O_NONBLOCK)
+    _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+    setOption(descriptor, tcpProtocol, TCP_NODELAY, 1)
+    setOption(descriptor, SOL_SOCKET, SO_KEEPALIVE, 1)
+    #if canImport(Darwin)
+    setOption(descriptor, SOL_SOCKET, SO_NOSIGPIPE, 1)
+    #endif
+}
+
+extension Socket {
+    /// Holds back partial segments while a batch is written; uncorking sends what is left at once.
+    package static func cork(_ descriptor: Int32, _ corked: Bool) {
+        setOption(descriptor, tcpProtocol, corkOption, corked ? 1 : 0)
+    }
+
+    /// How many bytes the kernel would take now without making a writer wait.
+    package static func freeSendBuffer(_ descriptor: Int32) -> Int {
+        var size: Int32 = 0
+        var length = socklen_t(MemoryLayout<Int32>.size)
+        guard getsockopt(descriptor, SOL_SOCKET, SO_SNDBUF, &size, &length) == 0 else { return 0 }
+        return max(0, Int(size) - unsentBytes(descriptor))
+    }
+
+    /// How many bytes written to the socket the peer has not acknowledged yet.
+    package static func unsentBytes(_ descriptor: Int32) -> Int {
+        var unsent: Int32 = 0
+        #if os(Linux)
+        // SIOCOUTQ is TIOCOUTQ under another name; Glibc's module shows only the latter.
+        guard ioctl(descriptor, UInt(TIOCOUTQ), &unsent) == 0 else { return 0 }
+        #else
+        var length = socklen_t(MemoryLayout<Int32>.size)
+        guard getsockopt(descriptor, SOL_SOCKET, SO_NWRITE, &unsent, &length) == 0 else { return 0 }
+        #endif
+        return Int(unsent)
+    }
+}
+
+/// A descriptor that becomes readable when another thread asks for attention: `eventfd`, or a pipe on Darwin.
+final class Wakeup: Sendable {
+    let readEnd: Int32
+    private let writeEnd: Int32
+
+    init() throws(SocketError) {
+        #if os(Linux)
+        let descriptor = smap_eventfd()
+        guard descriptor >= 0 else { throw SocketError(.outOfDescriptors, describe(errno: errno)) }
+        readEnd = descriptor
+        writeEnd = descriptor
+        #else
+        var ends: [Int32] = [-1, -1]
+        guard pipe(&ends) == 0 else { throw SocketError(.outOfDescriptors, describe(errno: errno)) }
+        for end in ends {
+            _ = fcntl(end, F_SETFL, O_NONBLOCK)
+            _ = fcntl(end, F_SETFD, FD_CLOEXEC)
+        }
+        readEnd = ends[0]
+        writeEnd = ends[1]
+        #endif
+    }
+
+    deinit {
+        _ = close(readEnd)
+        if writeEnd != readEnd { _ = close(writeEnd) }
+    }
+
+    func signal() {
+        // A full counter or pipe means that a wake-up is already under way.
+        var one: UInt64 = 1
+        _ = write(writeEnd, &one, MemoryLayout<UInt64>.size)
+    }
+
+    func drain() {
+        var buffer: (UInt64, UInt64, UInt64, UInt64) = (0, 0, 0, 0)
+        while read(readEnd, &buffer, MemoryLayout.size(ofValue: buffer)) == MemoryLayout.size(ofValue: buffer) {}
+    }
+}
+
+/// Starts a detached thread with a stack of the given size, with every signal blocked: signals are for the process's
+/// own threads to handle.
+func startThread(name: String, stackSize: Int, _ body: @escaping @Sendable () -> Void) throws(SocketError) {
+    final class Start: Sendable {
+        let name: String
+        let body: @Sendable () -> Void
+        init(name: String, body: @escaping @Sendable () -> Void) {
+            self.name = name
+            self.body = body
+        }
+    }
+    var attributes = pthread_attr_t()
+    pthread_attr_init(&attributes)
+    defer { pthread_attr_destroy(&attributes) }
+    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
+    pthread_attr_setstacksize(&attributes, stackSize)
+
+    // Sound: the reference is retained here once and released once, by the thread that is started, or below.
+    let start = Unmanaged.passRetained(Start(name: String(name.prefix(15)), body: body))
+    #if canImport(Darwin)
+    var thread: pthread_t?
+    let code = pthread_create(&thread, &attributes, { argument in
+        let start = Unmanaged<Start>.fromOpaque(argument).takeRetainedValue()
+        pthread_setname_np(start.name)
+        blockSignals()
+        start.body()
+        return nil
+    }, start.toOpaque())
+    #else
+    var thread = pthread_t()
+    let code = pthread_create(
+        &thread, &attributes,
+        { argument in
+            guard let argument else { return nil }
+            let start = Unmanaged<Start>.fromOpaque(argument).takeRetainedValue()
+            #if os(Linux)
+            smap_name_this_thread(start.name)
+            #endif
+            blockSignals()
+            start.body()
+            return nil
+        }, start.toOpaque())
+    #endif
+    guard code == 0 else {
+        start.release()
+        throw SocketError(.outOfThreads, describe(errno: code))
+    }
+}
+
+private func blockSignals() {
+    var all = sigset_t()
+    sigfillset(&all)
+    pthread_sigmask(SIG_BLOCK, &all, nil)
+}

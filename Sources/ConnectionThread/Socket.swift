@@ -1,0 +1,173 @@
+internal import Synchronization
+
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
+/// Plain TCP sockets as connection threads need them: bounded in time, non-blocking.
+package enum Socket {
+    /// What a non-blocking read or write came to.
+    package enum Transfer: Sendable {
+        case bytes(Int)
+        case wouldBlock
+        case closed(reason: String)
+    }
+
+    /// Opens a connected, non-blocking socket, or throws by the deadline. Every address of the host is tried in turn.
+    /// The caller owns the descriptor.
+    package static func connect(host: String, port: Int, deadline: MonotonicTime) throws(SocketError) -> Int32 {
+        let addresses = try Resolver.addresses(host: host, port: port, deadline: deadline)
+        var last = SocketError(.unresolved, "\(host) has no address")
+        for (index, address) in addresses.enumerated() {
+            // An address that swallows packets must leave time for the next one.
+            let now = MonotonicTime.now
+            let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 0
+            let share = MonotonicTime(nanoseconds: now.nanoseconds + left / UInt64(addresses.count - index))
+            do throws(SocketError) {
+                return try connect(to: address, name: "\(host):\(port)", deadline: share)
+            } catch {
+                last = error
+            }
+        }
+        throw last
+    }
+
+    package static func close(_ descriptor: Int32) {
+        #if canImport(Glibc)
+        _ = Glibc.close(descriptor)
+        #elseif canImport(Musl)
+        _ = Musl.close(descriptor)
+        #else
+        _ = Darwin.close(descriptor)
+        #endif
+    }
+
+    package static func send(_ descriptor: Int32, _ bytes: UnsafeRawBufferPointer) -> Transfer {
+        while true {
+            #if canImport(Glibc)
+            let count = Glibc.send(descriptor, bytes.baseAddress, bytes.count, noSignal)
+            #elseif canImport(Musl)
+            let count = Musl.send(descriptor, bytes.baseAddress, bytes.count, noSignal)
+            #else
+            let count = Darwin.send(descriptor, bytes.baseAddress, bytes.count, noSignal)
+            #endif
+            if count >= 0 { return .bytes(count) }
+            if errno == EINTR { continue }
+            if errno == EAGAIN || errno == EWOULDBLOCK { return .wouldBlock }
+            return .closed(reason: describe(errno: errno))
+        }
+    }
+
+    package static func receive(_ descriptor: Int32, into buffer: UnsafeMutableRawBufferPointer) -> Transfer {
+        while true {
+            let count = recv(descriptor, buffer.baseAddress, buffer.count, 0)
+            if count > 0 { return .bytes(count) }
+            if count == 0 { return .closed(reason: "the server closed the connection") }
+            if errno == EINTR { continue }
+            if errno == EAGAIN || errno == EWOULDBLOCK { return .wouldBlock }
+            return .closed(reason: describe(errno: errno))
+        }
+    }
+
+    private static func connect(to address: Resolver.Address, name: String, deadline: MonotonicTime)
+        throws(SocketError) -> Int32
+    {
+        let descriptor = socket(address.family, streamSocket, 0)
+        guard descriptor >= 0 else { throw SocketError(.outOfDescriptors, "\(name): \(describe(errno: errno))") }
+        prepare(socket: descriptor)
+        let result = address.bytes.withUnsafeBytes { raw -> Int32 in
+            guard let base = raw.baseAddress else { return -1 }
+            // Sound: the bytes are a sockaddr of just this length, as getaddrinfo gave them.
+            #if canImport(Glibc)
+            return Glibc.connect(descriptor, base.assumingMemoryBound(to: sockaddr.self), socklen_t(raw.count))
+            #elseif canImport(Musl)
+            return Musl.connect(descriptor, base.assumingMemoryBound(to: sockaddr.self), socklen_t(raw.count))
+            #else
+            return Darwin.connect(descriptor, base.assumingMemoryBound(to: sockaddr.self), socklen_t(raw.count))
+            #endif
+        }
+        if result == 0 { return descriptor }
+        var code = errno
+        if code == EINPROGRESS || code == EINTR {
+            var entry = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+            var ready: Int32 = 0
+            repeat {
+                ready = poll(&entry, 1, MonotonicTime.now.pollTimeout(until: deadline))
+            } while (ready < 0 && errno == EINTR) || (ready == 0 && MonotonicTime.now < deadline)
+            guard ready > 0 else {
+                close(descriptor)
+                throw SocketError(.timedOut, "\(name) did not answer in time")
+            }
+            var length = socklen_t(MemoryLayout<Int32>.size)
+            _ = getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &code, &length)
+        }
+        guard code == 0 else {
+            close(descriptor)
+            throw SocketError(.refused, "\(name): \(describe(errno: code))")
+        }
+        return descriptor
+    }
+}
+
+/// Name resolution with a deadline. `getaddrinfo` cannot be interrupted, so it runs on a thread of its own, which is
+/// left behind to finish alone when the deadline passes first.
+private enum Resolver {
+    struct Address: Sendable {
+        let family: Int32
+        let bytes: [UInt8]
+    }
+
+    private final class Answer: Sendable {
+        let ready: Wakeup
+        let result = Mutex<Result<[Address], SocketError>?>(nil)
+        init() throws(SocketError) { ready = try Wakeup() }
+    }
+
+    static func addresses(host: String, port: Int, deadline: MonotonicTime) throws(SocketError) -> [Address] {
+        // Addresses in figures never ask a name server.
+        if let direct = try? lookUp(host: host, port: port, flags: AI_NUMERICHOST) { return direct }
+        let answer = try Answer()
+        try startThread(name: "smap-resolve", stackSize: 1 << 20) {
+            let result: Result<[Address], SocketError>
+            do throws(SocketError) {
+                result = .success(try lookUp(host: host, port: port, flags: 0))
+            } catch {
+                result = .failure(error)
+            }
+            answer.result.withLock { $0 = result }
+            answer.ready.signal()
+        }
+        while true {
+            if let result = answer.result.withLock({ $0 }) { return try result.get() }
+            let now = MonotonicTime.now
+            guard now < deadline else { throw SocketError(.timedOut, "\(host) was not resolved in time") }
+            var entry = pollfd(fd: answer.ready.readEnd, events: Int16(POLLIN), revents: 0)
+            _ = poll(&entry, 1, now.pollTimeout(until: deadline))
+        }
+    }
+
+    private static func lookUp(host: String, port: Int, flags: Int32) throws(SocketError) -> [Address] {
+        var hints = addrinfo()
+        hints.ai_family = AF_UNSPEC
+        hints.ai_socktype = streamSocket
+        hints.ai_flags = flags
+        var list: UnsafeMutablePointer<addrinfo>?
+        let code = getaddrinfo(host, String(port), &hints, &list)
+        guard code == 0 else { throw SocketError(.unresolved, "\(host): \(String(cString: gai_strerror(code)))") }
+        defer { freeaddrinfo(list) }
+        var addresses: [Address] = []
+        var next = list
+        while let entry = next?.pointee {
+            if let address = entry.ai_addr {
+                let raw = UnsafeRawBufferPointer(start: address, count: Int(entry.ai_addrlen))
+                addresses.append(Address(family: entry.ai_family, bytes: Array(raw)))
+            }
+            next = entry.ai_next
+        }
+        return addresses
+    }
+}

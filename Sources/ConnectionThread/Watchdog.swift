@@ -1,0 +1,87 @@
+internal import Synchronization
+
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
+/// What a watchdog looks after.
+package protocol WatchdogTarget: AnyObject, Sendable {
+    /// Ends whatever is overdue. Returns when to look again, or nil when nothing is waiting.
+    /// Called on the watchdog's thread: it must not block.
+    func check(now: MonotonicTime) -> MonotonicTime?
+}
+
+/// One thread that ends what is overdue: calls past their deadline, and connection threads that hang in the C library.
+///
+/// It sleeps until the earliest moment that any target named, without a timeout when there is none. Invariant: whoever
+/// creates an earlier deadline stores it first and calls ``look(by:)`` after, so a deadline is never slept through.
+package final class Watchdog: Sendable {
+    package static let shared = Watchdog()
+
+    private struct WeakTarget {
+        weak var target: (any WatchdogTarget)?
+    }
+
+    private struct State {
+        var targets: [ObjectIdentifier: WeakTarget] = [:]
+        var wakeup: Wakeup?
+    }
+
+    private let state = Mutex(State())
+    private let sleepingUntil = Atomic<UInt64>(0)
+
+    package func add(_ target: any WatchdogTarget) throws(SocketError) {
+        let failure = state.withLock { state -> SocketError? in
+            do throws(SocketError) {
+                if state.wakeup == nil {
+                    let wakeup = try Wakeup()
+                    try startThread(name: "smap-watchdog", stackSize: 1 << 20) { [self] in run(wakeup) }
+                    state.wakeup = wakeup
+                }
+                state.targets[ObjectIdentifier(target)] = WeakTarget(target: target)
+                return nil
+            } catch {
+                return error
+            }
+        }
+        if let failure { throw failure }
+    }
+
+    package func remove(_ target: any WatchdogTarget) {
+        state.withLock { state in _ = state.targets.removeValue(forKey: ObjectIdentifier(target)) }
+    }
+
+    /// Makes sure that the watchdog looks at its targets at `time` at the latest. Cheap when it would anyway.
+    package func look(by time: MonotonicTime) {
+        guard time.nanoseconds < sleepingUntil.load(ordering: .sequentiallyConsistent) else { return }
+        // A lower bound first, so that a thousand callers with the same deadline wake the thread once.
+        sleepingUntil.store(time.nanoseconds, ordering: .sequentiallyConsistent)
+        state.withLock { $0.wakeup }?.signal()
+    }
+
+    private func run(_ wakeup: Wakeup) {
+        while true {
+            wakeup.drain()
+            // Until the targets have been asked, any new deadline counts as earlier than ours: it signals.
+            sleepingUntil.store(.max, ordering: .sequentiallyConsistent)
+            let targets = state.withLock { state in
+                state.targets = state.targets.filter { $0.value.target != nil }
+                return state.targets.values.compactMap(\.target)
+            }
+            var next = MonotonicTime.distantFuture
+            for target in targets {
+                if let time = target.check(now: .now) { next = min(next, time) }
+            }
+            // Only ever lowered: a caller may have stored an earlier time in between, and has signalled.
+            _ = sleepingUntil.min(next.nanoseconds, ordering: .sequentiallyConsistent)
+            let now = MonotonicTime.now
+            let timeout: Int32 = next == .distantFuture ? -1 : now.pollTimeout(until: next)
+            var entry = pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0)
+            _ = poll(&entry, 1, timeout)
+        }
+    }
+}

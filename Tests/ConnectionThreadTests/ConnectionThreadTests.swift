@@ -1,0 +1,218 @@
+import Synchronization
+import Testing
+
+@testable import ConnectionThread
+
+#if canImport(Glibc)
+import Glibc
+#elseif canImport(Darwin)
+import Darwin
+#endif
+
+/// Writes what is posted to its socket, and collects what it reads.
+private final class EchoDriver: ConnectionDriver {
+    let descriptor: Int32
+    private let shared: Shared
+    private var deaf = false
+
+    final class Shared: Sendable {
+        let mailbox = Mailbox<[UInt8]>(capacity: 4)
+        let received = Mutex<[UInt8]>([])
+        let rounds = Atomic<Int>(0)
+        let ended = Mutex<(any Error)?>(nil)
+        let posted = Atomic<Int>(0)
+        let stalls = Atomic<Int>(0)
+        let timer = Mutex<MonotonicTime?>(nil)
+        let blockInRead = Atomic<Bool>(false)
+    }
+
+    struct PeerGone: Error {}
+
+    init(descriptor: Int32, shared: Shared) {
+        self.descriptor = descriptor
+        self.shared = shared
+    }
+
+    func round(now: MonotonicTime) throws -> Interest {
+        shared.rounds.add(1, ordering: .relaxed)
+        for command in shared.mailbox.takeAll() {
+            _ = command.withUnsafeBytes { Socket.send(descriptor, $0) }
+        }
+        if shared.blockInRead.load(ordering: .relaxed) {
+            // What a C library does when it believes that a receive cannot wait.
+            _ = fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) & ~O_NONBLOCK)
+        }
+        var buffer = [UInt8](repeating: 0, count: 1024)
+        while true {
+            switch buffer.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
+            case .bytes(let count): shared.received.withLock { $0 += buffer[..<count] }
+            case .wouldBlock: return Interest(timer: shared.timer.withLock { $0 })
+            case .closed: throw PeerGone()
+            }
+        }
+    }
+
+    func finish(_ error: (any Error)?) {
+        shared.ended.withLock { $0 = error }
+    }
+}
+
+private func withPair(
+    stallLimit: Duration = .seconds(5),
+    checkCalls: @escaping @Sendable (MonotonicTime) -> MonotonicTime? = { _ in nil },
+    _ body: (ConnectionThread, EchoDriver.Shared, Int32) async throws -> Void
+) async throws {
+    var ends: [Int32] = [-1, -1]
+    try #require(socketpair(AF_UNIX, streamSocket, 0, &ends) == 0)
+    for end in ends { prepare(socket: end) }
+    let shared = EchoDriver.Shared()
+    let thread = try ConnectionThread(
+        stallLimit: stallLimit, checkCalls: checkCalls,
+        onStall: { shared.stalls.add(1, ordering: .relaxed) })
+    let mine = ends[0]
+    try thread.start(name: "test", openLimit: .seconds(5)) { thread in
+        thread.guardSocket(mine)
+        return EchoDriver(descriptor: mine, shared: shared)
+    } failed: { _ in
+    }
+    try await body(thread, shared, ends[1])
+    thread.stop()
+    await thread.join()
+    Socket.close(ends[0])
+    Socket.close(ends[1])
+}
+
+private func eventually(within limit: Duration = .seconds(5), _ condition: () -> Bool) async -> Bool {
+    let end = ContinuousClock.now + limit
+    while ContinuousClock.now < end {
+        if condition() { return true }
+        await Task.yield()
+    }
+    return condition()
+}
+
+@Suite struct ConnectionThreadTests {
+    @Test func `what is posted is written, and what arrives is read`() async throws {
+        try await withPair { thread, shared, peer in
+            _ = shared.mailbox.post(Array("ping".utf8))
+            thread.wake()
+            var buffer = [UInt8](repeating: 0, count: 16)
+            var got = 0
+            #expect(
+                await eventually {
+                    if case .bytes(let count) = buffer.withUnsafeMutableBytes({ Socket.receive(peer, into: $0) }) {
+                        got = count
+                    }
+                    return got == 4
+                })
+            _ = Array("pong".utf8).withUnsafeBytes { Socket.send(peer, $0) }
+            #expect(await eventually { shared.received.withLock { $0 } == Array("pong".utf8) })
+        }
+    }
+
+    @Test func `an idle thread does not come round`() async throws {
+        try await withPair { _, shared, _ in
+            #expect(await eventually { shared.rounds.load(ordering: .relaxed) >= 1 })
+            let before = shared.rounds.load(ordering: .relaxed)
+            try await Task.sleep(for: .milliseconds(200))  // the subject is that nothing happens in this time
+            #expect(shared.rounds.load(ordering: .relaxed) <= before + 1)
+        }
+    }
+
+    @Test func `no wake-up is lost when many tasks wake it at once`() async throws {
+        try await withPair { thread, shared, peer in
+            for _ in 0..<200 {
+                await withTaskGroup { group in
+                    for _ in 0..<4 {
+                        group.addTask {
+                            if case .accepted = shared.mailbox.post([1]) { shared.posted.add(1, ordering: .relaxed) }
+                            thread.wake()
+                        }
+                    }
+                }
+                // Every accepted command reaches the peer without another wake-up.
+                var seen = 0
+                let expected = shared.posted.exchange(0, ordering: .relaxed)
+                var buffer = [UInt8](repeating: 0, count: 64)
+                #expect(
+                    await eventually {
+                        if case .bytes(let n) = buffer.withUnsafeMutableBytes({ Socket.receive(peer, into: $0) }) {
+                            seen += n
+                        }
+                        return seen == expected
+                    })
+            }
+        }
+    }
+
+    @Test func `a timer brings it round without a wake-up`() async throws {
+        try await withPair { thread, shared, _ in
+            shared.timer.withLock { $0 = MonotonicTime.now.advanced(by: .milliseconds(50)) }
+            thread.wake()
+            let before = shared.rounds.load(ordering: .relaxed)
+            #expect(await eventually { shared.rounds.load(ordering: .relaxed) > before + 1 })
+            shared.timer.withLock { $0 = nil }
+        }
+    }
+
+    @Test func `a peer that goes away ends the thread with its error`() async throws {
+        try await withPair { thread, shared, peer in
+            _ = shutdown(peer, Int32(SHUT_RDWR))
+            await thread.join()
+            let error = try #require(shared.ended.withLock { $0 })
+            #expect(error is EchoDriver.PeerGone)
+        }
+    }
+
+    @Test func `the watchdog frees a thread that hangs in a read`() async throws {
+        try await withPair(stallLimit: .milliseconds(200)) { thread, shared, _ in
+            #expect(await eventually { shared.rounds.load(ordering: .relaxed) >= 1 })
+            shared.blockInRead.store(true, ordering: .relaxed)
+            thread.wake()
+            await thread.join()
+            #expect(shared.stalls.load(ordering: .relaxed) >= 1)
+        }
+    }
+
+    @Test func `calls are ended by the watchdog although the thread is idle`() async throws {
+        let deadline = Mutex<MonotonicTime?>(nil)
+        let ended = Atomic<Bool>(false)
+        try await withPair(checkCalls: { now in
+            deadline.withLock { time in
+                guard let due = time else { return nil }
+                if now < due { return due }
+                ended.store(true, ordering: .relaxed)
+                time = nil
+                return nil
+            }
+        }) { _, _, _ in
+            let due = MonotonicTime.now.advanced(by: .milliseconds(100))
+            deadline.withLock { $0 = due }
+            Watchdog.shared.look(by: due)
+            #expect(await eventually { ended.load(ordering: .relaxed) })
+        }
+    }
+
+    @Test func `a mailbox is bounded, and refuses commands once it is closed`() {
+        let mailbox = Mailbox<Int>(capacity: 2)
+        #expect(mailbox.post(1) == .accepted)
+        #expect(mailbox.post(2) == .accepted)
+        #expect(mailbox.post(3) == .full)
+        #expect(mailbox.takeAll() == [1, 2])
+        #expect(mailbox.post(4) == .accepted)
+        #expect(mailbox.close() == [4])
+        #expect(mailbox.post(5) == .closed)
+    }
+
+    @Test func `a connection is refused in time, naming host and port`() throws {
+        let deadline = MonotonicTime.now.advanced(by: .seconds(5))
+        let error = #expect(throws: SocketError.self) {
+            try Socket.connect(host: "127.0.0.1", port: 1, deadline: deadline)
+        }
+        #expect(error?.description.contains("127.0.0.1:1") == true)
+        #expect(throws: SocketError.self) {
+            try Socket.connect(host: "no-such-host.invalid", port: 1, deadline: deadline)
+        }
+        #expect(MonotonicTime.now < deadline)
+    }
+}
