@@ -1,0 +1,77 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
+/// How the `data` of events is written and read: dates are RFC 3339, binary data is base64, slashes are not escaped.
+enum EventJSON {
+    // One encoder and one decoder for all: they keep no state between calls, and setting one up for each event costs
+    // more than small events do.
+    private static let encoder: JSONEncoder = {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = .withoutEscapingSlashes
+        encoder.dateEncodingStrategy = .custom { date, encoder in
+            var container = encoder.singleValueContainer()
+            try container.encode(RFC3339.string(from: date))
+        }
+        return encoder
+    }()
+
+    private static let decoder: JSONDecoder = {
+        let decoder = JSONDecoder()
+        decoder.dateDecodingStrategy = .custom { decoder in
+            let container = try decoder.singleValueContainer()
+            guard let date = RFC3339.date(from: try container.decode(String.self)) else {
+                throw DecodingError.dataCorruptedError(in: container, debugDescription: "not an RFC 3339 timestamp")
+            }
+            return date
+        }
+        return decoder
+    }()
+
+    static func encode<E: SMAPEvent>(_ event: E) throws -> [UInt8] {
+        let data: Data
+        do {
+            data = try encoder.encode(event)
+        } catch let error as EncodingError {
+            throw EventsError(
+                .invalidEvent, "\(E.routingKey) cannot be written as JSON\(path(of: error))", operation: "publish")
+        }
+        guard data.first == UInt8(ascii: "{") else {
+            throw EventsError(.invalidEvent, "\(E.routingKey) is not written as a JSON object", operation: "publish")
+        }
+        return Array(data)
+    }
+
+    static func decode<E: SMAPEvent>(_ type: E.Type, from data: [UInt8]) throws -> E {
+        do {
+            return try decoder.decode(type, from: Data(data))
+        } catch let error as DecodingError {
+            // Only the path: descriptions of decoding errors quote the value, which may be personal data.
+            throw EventsError(.undecodable, "the data is not a \(E.routingKey)\(path(of: error))", operation: "decode")
+        }
+    }
+
+    private static func path(of error: DecodingError) -> String {
+        switch error {
+        case .keyNotFound(let key, let context): ": \(join(context.codingPath + [key])) is missing"
+        case .valueNotFound(_, let context): ": \(join(context.codingPath)) is null"
+        case .typeMismatch(_, let context): ": \(join(context.codingPath)) has another type"
+        case .dataCorrupted(let context):
+            context.codingPath.isEmpty ? "" : ": \(join(context.codingPath)) is malformed"
+        @unknown default: ""
+        }
+    }
+
+    private static func path(of error: EncodingError) -> String {
+        switch error {
+        case .invalidValue(_, let context): context.codingPath.isEmpty ? "" : ": \(join(context.codingPath))"
+        @unknown default: ""
+        }
+    }
+
+    private static func join(_ path: [any CodingKey]) -> String {
+        path.map { $0.intValue.map(String.init) ?? $0.stringValue }.joined(separator: ".")
+    }
+}

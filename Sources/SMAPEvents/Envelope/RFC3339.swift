@@ -1,0 +1,120 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
+/// The platform's timestamps: written as `2025-12-05T10:30:45.123Z`, read in every form that the siblings write.
+enum RFC3339 {
+    /// Appends `date` in UTC with milliseconds. Years outside 0 to 9999 are clamped: the format has four digits.
+    static func append(_ date: Date, to bytes: inout [UInt8]) {
+        let interval = min(max(date.timeIntervalSince1970, -62_167_219_200), 253_402_300_799.999)
+        let milliseconds = Int64((interval * 1000).rounded())
+        let days = Int64((Double(milliseconds) / 86_400_000).rounded(.down))
+        let time = Int(milliseconds - days * 86_400_000)
+        let (year, month, day) = civil(fromDays: Int(days))
+
+        func put(_ value: Int, _ width: Int) {
+            var divisor = width == 4 ? 1000 : width == 3 ? 100 : 10
+            while divisor > 0 {
+                bytes.append(0x30 + UInt8(value / divisor % 10))
+                divisor /= 10
+            }
+        }
+        put(year, 4)
+        bytes.append(UInt8(ascii: "-"))
+        put(month, 2)
+        bytes.append(UInt8(ascii: "-"))
+        put(day, 2)
+        bytes.append(UInt8(ascii: "T"))
+        put(time / 3_600_000, 2)
+        bytes.append(UInt8(ascii: ":"))
+        put(time / 60_000 % 60, 2)
+        bytes.append(UInt8(ascii: ":"))
+        put(time / 1000 % 60, 2)
+        bytes.append(UInt8(ascii: "."))
+        put(time % 1000, 3)
+        bytes.append(UInt8(ascii: "Z"))
+    }
+
+    static func string(from date: Date) -> String {
+        var bytes: [UInt8] = []
+        append(date, to: &bytes)
+        return String(decoding: bytes, as: UTF8.self)
+    }
+
+    /// Reads `2025-12-05T10:30:45`, with 0 to 9 fractional digits, and `Z`, an offset, or no zone at all (then UTC).
+    /// Nil for anything else, dates that do not exist included.
+    static func date(from text: String) -> Date? {
+        let bytes = Array(text.utf8)
+        var index = 0
+
+        func number(_ width: Int) -> Int? {
+            guard index + width <= bytes.count else { return nil }
+            var value = 0
+            for byte in bytes[index..<index + width] {
+                guard (0x30...0x39).contains(byte) else { return nil }
+                value = value * 10 + Int(byte - 0x30)
+            }
+            index += width
+            return value
+        }
+        func take(_ accepted: String) -> UInt8? {
+            guard index < bytes.count, accepted.utf8.contains(bytes[index]) else { return nil }
+            defer { index += 1 }
+            return bytes[index]
+        }
+
+        guard let year = number(4), take("-") != nil, let month = number(2), take("-") != nil, let day = number(2),
+            take("Tt ") != nil, let hour = number(2), take(":") != nil, let minute = number(2), take(":") != nil,
+            let second = number(2), (1...12).contains(month), hour < 24, minute < 60, second <= 60
+        else { return nil }
+        let days = daysFromCivil(year, month, day)
+        guard civil(fromDays: days) == (year, month, day) else { return nil }
+
+        var nanoseconds = 0
+        if take(".") != nil {
+            var digits = 0
+            while digits < 9, let digit = number(1) {
+                nanoseconds = nanoseconds * 10 + digit
+                digits += 1
+            }
+            guard digits > 0 else { return nil }
+            for _ in digits..<9 { nanoseconds *= 10 }
+        }
+        var offset = 0
+        if let sign = take("+-") {
+            guard let hours = number(2), hours < 24 else { return nil }
+            _ = take(":")
+            guard let minutes = number(2), minutes < 60 else { return nil }
+            offset = (hours * 60 + minutes) * (sign == UInt8(ascii: "-") ? -60 : 60)
+        } else {
+            _ = take("Zz")
+        }
+        guard index == bytes.count else { return nil }
+        let seconds = days * 86_400 + hour * 3600 + minute * 60 + second - offset
+        return Date(timeIntervalSince1970: Double(seconds) + Double(nanoseconds) / 1e9)
+    }
+
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": exact for the proleptic Gregorian calendar.
+
+    private static func daysFromCivil(_ year: Int, _ month: Int, _ day: Int) -> Int {
+        let year = month <= 2 ? year - 1 : year
+        let era = (year >= 0 ? year : year - 399) / 400
+        let yearOfEra = year - era * 400
+        let dayOfYear = (153 * (month + (month > 2 ? -3 : 9)) + 2) / 5 + day - 1
+        return era * 146_097 + yearOfEra * 365 + yearOfEra / 4 - yearOfEra / 100 + dayOfYear - 719_468
+    }
+
+    private static func civil(fromDays days: Int) -> (year: Int, month: Int, day: Int) {
+        let days = days + 719_468
+        let era = (days >= 0 ? days : days - 146_096) / 146_097
+        let dayOfEra = days - era * 146_097
+        let yearOfEra = (dayOfEra - dayOfEra / 1460 + dayOfEra / 36_524 - dayOfEra / 146_096) / 365
+        let dayOfYear = dayOfEra - (365 * yearOfEra + yearOfEra / 4 - yearOfEra / 100)
+        let shifted = (5 * dayOfYear + 2) / 153
+        let day = dayOfYear - (153 * shifted + 2) / 5 + 1
+        let month = shifted < 10 ? shifted + 3 : shifted - 9
+        return (yearOfEra + era * 400 + (month <= 2 ? 1 : 0), month, day)
+    }
+}

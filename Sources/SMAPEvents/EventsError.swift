@@ -1,0 +1,128 @@
+/// What went wrong, in which operation, and whether trying again can help.
+///
+/// The description never holds a payload, a password or personal data, so it can be logged as it is.
+public struct EventsError: Error, Sendable, CustomStringConvertible {
+    /// The kind of an error. New kinds may be added, so a `switch` over them needs a `default`.
+    public struct Code: Sendable, Hashable, CustomStringConvertible {
+        /// The kind's name, as it appears in descriptions and as the `error_type` of metrics.
+        public let description: String
+        let isRetriable: Bool
+
+        private init(_ description: String, retriable: Bool = false) {
+            self.description = description
+            self.isRetriable = retriable
+        }
+
+        /// A routing key, pattern, queue name, project id or event id breaks its rules.
+        public static let invalidName = Code("invalidName")
+        /// A setting or URL cannot be used.
+        public static let invalidConfiguration = Code("invalidConfiguration")
+        /// The event failed its own checks, or cannot be expressed; nothing was sent.
+        public static let invalidEvent = Code("invalidEvent")
+        /// The serialised event or one of its headers is larger than allowed; nothing was sent.
+        public static let eventTooLarge = Code("eventTooLarge")
+        /// A valid event of which not one byte was written. Safe to repeat.
+        public static let unsent = Code("unsent", retriable: true)
+        /// The event was sent and the answer was lost. Repeat it under the same event id.
+        public static let unknownOutcome = Code("unknownOutcome", retriable: true)
+        /// The broker refused responsibility for the event (`basic.nack`).
+        public static let nacked = Code("nacked", retriable: true)
+        /// The broker took the event, but no queue was bound, and the caller asked for one (`requireRoute`).
+        public static let unroutable = Code("unroutable", retriable: true)
+        /// The exchange published to does not exist; the event was not taken.
+        public static let exchangeNotFound = Code("exchangeNotFound", retriable: true)
+        /// A queue or exchange that an operation names does not exist.
+        public static let notFound = Code("notFound")
+        /// A queue or exchange exists with other arguments than those declared.
+        public static let topologyConflict = Code("topologyConflict")
+        /// The operation did not end by its deadline.
+        public static let deadlineExceeded = Code("deadlineExceeded", retriable: true)
+        /// The server could not be reached.
+        public static let connectionFailed = Code("connectionFailed", retriable: true)
+        /// The connection ended while the operation was under way.
+        public static let connectionLost = Code("connectionLost", retriable: true)
+        /// The transport, store or subscription was closed by its owner.
+        public static let closed = Code("closed")
+        /// The server refused the credentials or the permission.
+        public static let accessRefused = Code("accessRefused")
+        /// The server or the C library reported something that it should not.
+        public static let protocolViolation = Code("protocolViolation", retriable: true)
+        /// As much work is waiting as the configured limit allows.
+        public static let overloaded = Code("overloaded", retriable: true)
+        /// A message is not an event: not JSON, or not an envelope, or not of the type asked for.
+        public static let undecodable = Code("undecodable")
+        /// A consumer was ended by the broker, for example because its queue was deleted.
+        public static let subscriptionCancelled = Code("subscriptionCancelled", retriable: true)
+        /// A delivery was settled on a channel that is gone, or settled twice.
+        public static let deliveryExpired = Code("deliveryExpired")
+        /// No progress is kept for the project; a report may have overtaken its start.
+        public static let unknownProject = Code("unknownProject", retriable: true)
+        /// Items cannot be expected any more: the project's total is final.
+        public static let alreadySealed = Code("alreadySealed")
+        /// The project is finished or has failed; the operation came too late.
+        public static let alreadyFinished = Code("alreadyFinished")
+        /// A total below what is already done.
+        public static let totalBelowDone = Code("totalBelowDone")
+        /// A project's items are counted by index or by name, never both.
+        public static let itemKindMismatch = Code("itemKindMismatch")
+        /// An item index beyond the configured limit.
+        public static let indexOutOfRange = Code("indexOutOfRange")
+        /// What is stored for the project is not what this tracker or its siblings write.
+        public static let corruptProgress = Code("corruptProgress")
+        /// The store is there but cannot work now (loading, busy, failing over); nothing was written.
+        public static let storeUnavailable = Code("storeUnavailable", retriable: true)
+        /// The store is out of memory; nothing was written.
+        public static let storeFull = Code("storeFull", retriable: true)
+    }
+
+    /// The kind of error.
+    public let code: Code
+    /// What happened, in a sentence without secrets.
+    public let message: String
+    /// The operation that failed, such as `publish` or `declare queue`.
+    public let operation: String
+    /// The event concerned. Repeat an ``Code/unknownOutcome`` under this id.
+    public let eventID: EventID?
+    /// The exchanges that have not confirmed the event, when some have: see ``DualPublisher``.
+    public let missingLegs: [String]
+    /// The error underneath, if any.
+    public let underlying: (any Error)?
+
+    /// Makes an error. The message must not hold secrets or payload.
+    public init(
+        _ code: Code, _ message: String, operation: String, eventID: EventID? = nil, missingLegs: [String] = [],
+        underlying: (any Error)? = nil
+    ) {
+        self.code = code
+        self.message = message
+        self.operation = operation
+        self.eventID = eventID
+        self.missingLegs = missingLegs
+        self.underlying = underlying
+    }
+
+    /// Whether the same call can succeed later without a change by a person.
+    public var isRetriable: Bool { code.isRetriable }
+
+    /// How this error counts as the end of a publish; nil when it is none.
+    public var publishOutcome: PublishOutcome {
+        switch code {
+        case .unknownOutcome: .unknown
+        case .nacked: .nacked
+        case .unroutable: .returned
+        case .invalidName, .invalidConfiguration, .invalidEvent, .eventTooLarge: .rejected
+        default: .unsent
+        }
+    }
+
+    /// `operation: message (code)`, and the event's id where there is one.
+    public var description: String {
+        let event = eventID.map { " [\($0)]" } ?? ""
+        return "\(operation)\(event): \(message) (\(code))"
+    }
+
+    func with(eventID: EventID) -> EventsError {
+        EventsError(
+            code, message, operation: operation, eventID: eventID, missingLegs: missingLegs, underlying: underlying)
+    }
+}

@@ -1,0 +1,163 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+public import Logging
+internal import Metrics
+internal import Synchronization
+
+/// Publishes events to `smap.events` and, where they have a legacy form, to the legacy exchange too, under one id.
+///
+/// Which exchanges depends on the ``MigrationPhase``. Only ``EmailVerificationRequested`` has a legacy form so far.
+///
+/// Invariant (P6): the call returns when every leg of the phase is confirmed, or throws an error whose
+/// ``EventsError/missingLegs`` names those that are not. An event that cannot be expressed in both forms is rejected
+/// before either leg. Repeating the event under the same id completes it.
+public struct DualPublisher: EventPublishing {
+    private let transport: any EventTransport
+    private let topic: EventPublisher
+    private let configuration: PublisherConfiguration
+    private let phase: MigrationPhase
+    private let logger: Logger
+
+    private final class Deprecation: Sendable {
+        let warned = Mutex<Set<RoutingKey>>([])
+        let legs = ["topic", "legacy"].map { Counter(label: "event_publish_legs_total", dimensions: [("leg", $0)]) }
+    }
+    private let deprecation = Deprecation()
+
+    /// Makes a publisher for a phase of the migration.
+    public init(
+        transport: any EventTransport, configuration: PublisherConfiguration, phase: MigrationPhase,
+        logger: Logger = .silent
+    ) {
+        self.transport = transport
+        self.topic = EventPublisher(transport: transport, configuration: configuration, logger: logger)
+        self.configuration = configuration
+        self.phase = phase
+        self.logger = logger
+    }
+
+    @discardableResult
+    public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
+        guard phase.publishesLegacy, let mail = event as? EmailVerificationRequested else {
+            return try await publishTopicOnly(E.routingKey) { try await topic.publish(event, options: options) }
+        }
+        return try await publishBoth(E.routingKey, options) { eventID, options in
+            try mail.validate()
+            return (try LegacyEmailMessage(mail), try topic.message(for: event, eventID, options))
+        }
+    }
+
+    @discardableResult
+    public func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
+        guard phase.publishesLegacy, event.routingKey == EmailVerificationRequested.routingKey else {
+            return try await publishTopicOnly(event.routingKey) { try await topic.publish(event, options: options) }
+        }
+        return try await publishBoth(event.routingKey, options) { eventID, options in
+            try EventEnvelope.checkData(event.data, operation: "publish")
+            // The catalogue checks the data, so it decodes.
+            let message = try topic.message(for: event, eventID, options)
+            return (try LegacyEmailMessage(EventJSON.decode(EmailVerificationRequested.self, from: event.data)), message)
+        }
+    }
+
+    private func publishTopicOnly(
+        _ key: RoutingKey, _ publish: () async throws -> PublishReceipt
+    ) async throws -> PublishReceipt {
+        guard phase.publishesTopic else {
+            throw EventsError(
+                .invalidEvent, "\(key) has no legacy form, and phase 1 publishes nothing else", operation: "publish")
+        }
+        return try await publish()
+    }
+
+    /// - Parameter forms: Makes both forms, or throws before anything is sent.
+    private func publishBoth(
+        _ key: RoutingKey, _ options: PublishOptions,
+        forms: (EventID, PublishOptions) throws -> (LegacyEmailMessage, OutboundMessage)
+    ) async throws -> PublishReceipt {
+        var options = options
+        let eventID = options.eventID ?? EventID()
+        options.timestamp = options.timestamp ?? Date()
+        let (form, message): (LegacyEmailMessage, OutboundMessage)
+        do {
+            (form, message) = try forms(eventID, options)
+        } catch let error as EventsError {
+            throw error.with(eventID: eventID)
+        }
+        warnOnce(key)
+        let shared = options
+        guard phase.publishesTopic else {
+            let leg = try await publishLegacy(form, eventID, shared)
+            return PublishReceipt(eventID: eventID, routingKey: key, legs: [leg])
+        }
+
+        async let topicResult = outcome {
+            try await topic.send(key, eventID, shared, message: { message }).legs
+        }
+        async let legacyResult = outcome { [try await publishLegacy(form, eventID, shared)] }
+        let results = await [
+            (configuration.exchange, topicResult), (ExchangeName.legacyEmail, legacyResult),
+        ]
+        try Task.checkCancellation()
+        var legs: [PublishReceipt.Leg] = []
+        var failures: [(exchange: String, error: any Error)] = []
+        for (exchange, result) in results {
+            switch result {
+            case .success(let confirmed):
+                legs += confirmed
+                deprecation.legs[exchange == ExchangeName.legacyEmail ? 1 : 0].increment()
+            case .failure(let error): failures.append((exchange, error))
+            }
+        }
+        guard let first = failures.first else { return PublishReceipt(eventID: eventID, routingKey: key, legs: legs) }
+        // Unknown wins: an event that may be on one leg must be repeated under this id, not under a new one.
+        let cause = failures.compactMap { $0.error as? EventsError }
+        let worst = cause.first { $0.code == .unknownOutcome } ?? cause.first
+        let missing = failures.map(\.exchange)
+        throw EventsError(
+            legs.isEmpty ? worst?.code ?? .unsent : .unknownOutcome,
+            "not confirmed by \(missing.joined(separator: " and ")): \(worst?.message ?? "\(type(of: first.error))")",
+            operation: "publish", eventID: eventID, missingLegs: missing, underlying: first.error)
+    }
+
+    private func outcome(
+        _ body: @Sendable () async throws -> [PublishReceipt.Leg]
+    ) async -> Result<[PublishReceipt.Leg], any Error> {
+        do { return .success(try await body()) } catch { return .failure(error) }
+    }
+
+    private func publishLegacy(
+        _ form: LegacyEmailMessage, _ eventID: EventID, _ options: PublishOptions
+    ) async throws -> PublishReceipt.Leg {
+        do {
+            let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
+            let routed = try await transport.publish(deadline: deadline) {
+                OutboundMessage(
+                    exchange: ExchangeName.legacyEmail, routingKey: "",
+                    properties: MessageProperties(
+                        contentType: "text/plain", messageID: eventID.rawValue, appID: configuration.service,
+                        correlationID: options.correlationID, timestamp: options.timestamp,
+                        headers: ["x-smap-event-id": .string(eventID.rawValue)]),
+                    body: form.serialized())
+            }
+            if !routed, options.requireRoute {
+                throw EventsError(
+                    .unroutable, "no queue is bound to \(ExchangeName.legacyEmail)", operation: "publish")
+            }
+            return PublishReceipt.Leg(exchange: ExchangeName.legacyEmail, routed: routed)
+        } catch let error as EventsError {
+            throw error.with(eventID: eventID)
+        }
+    }
+
+    private func warnOnce(_ key: RoutingKey) {
+        if deprecation.warned.withLock({ $0.insert(key).inserted }) {
+            logger.warning(
+                "publishing to a deprecated exchange",
+                metadata: ["exchange": "\(ExchangeName.legacyEmail)", "routing_key": "\(key)"])
+        }
+    }
+}

@@ -1,0 +1,150 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+public import Logging
+public import ServiceLifecycle
+internal import Synchronization
+
+/// Publishes `job.completed` for finished projects: the outbox of the tracker.
+///
+/// Invariant (P5): the decision is in the store before anyone publishes it, and is cleared only after the broker's
+/// confirm. So the event is published at least once, always under the id that was stored, whoever dies in between.
+///
+/// It publishes finishes that are announced by a ``ProgressTracker`` of this process at once, and finds all others by
+/// sweeping the store at start and every few seconds. Any number of instances may run.
+public final class FinishLine: Service {
+    /// How a finish line works.
+    public struct Configuration: Sendable {
+        /// How often the store is swept, 5 s by default, give or take a fifth so that instances spread.
+        public var interval: Duration
+        /// How many finishes one sweep handles at most, 100 by default.
+        public var batch: Int
+        /// How long each publish and store operation may take, 10 s by default.
+        public var deadline: Duration
+        /// Whether a finish stays pending until some queue receives it. On by default.
+        public var requireRoute: Bool
+
+        /// Describes a finish line.
+        public init(
+            interval: Duration = .seconds(5), batch: Int = 100, deadline: Duration = .seconds(10),
+            requireRoute: Bool = true
+        ) {
+            self.interval = interval
+            self.batch = batch
+            self.deadline = deadline
+            self.requireRoute = requireRoute
+        }
+    }
+
+    private let store: any ProgressStore
+    private let publisher: any EventPublishing
+    private let configuration: Configuration
+    private let logger: Logger
+
+    /// Projects announced and not published yet. Bounded: what does not fit, the sweep finds.
+    private let announced = Mutex<Set<ProjectID>>([])
+    private let wakeups: AsyncStream<Void>
+    private let wake: AsyncStream<Void>.Continuation
+
+    /// Makes a finish line; ``run()`` starts it.
+    public init(
+        store: any ProgressStore, publisher: any EventPublishing, configuration: Configuration = Configuration(),
+        logger: Logger = .silent
+    ) {
+        self.store = store
+        self.publisher = publisher
+        self.configuration = configuration
+        self.logger = logger
+        (wakeups, wake) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
+    }
+
+    /// Publishes finishes until graceful shutdown or cancellation. Errors are logged, and tried again by a later sweep.
+    public func run() async {
+        await cancelWhenGracefulShutdown {
+            await withDiscardingTaskGroup { group in
+                group.addTask { await self.tick() }
+                await self.publishUntilCancelled()
+                group.cancelAll()
+            }
+        }
+    }
+
+    private func tick() async {
+        while !Task.isCancelled {
+            // The interval is the point here; an announcement does not wait for it.
+            try? await Task.sleep(for: configuration.interval * Double.random(in: 0.8...1.2))
+            wake.yield()
+        }
+    }
+
+    private func publishUntilCancelled() async {
+        await attempt { try await sweep() }
+        var lastSweep = ContinuousClock.now
+        for await _ in wakeups {
+            let projects = announced.withLock { projects in
+                defer { projects = [] }
+                return projects
+            }
+            for project in projects { await attempt { try await publishPending(of: project) } }
+            if ContinuousClock.now - lastSweep >= configuration.interval * 0.75 {
+                await attempt { try await sweep() }
+                lastSweep = .now
+            }
+        }
+    }
+
+    /// Publishes the finishes that are pending now, at most ``Configuration/batch`` of them, and returns how many.
+    ///
+    /// Throws the first error, after the others have been tried.
+    @discardableResult
+    public func sweep() async throws -> Int {
+        var failure: (any Error)?
+        var published = 0
+        let pending = try await store.pendingFinishes(
+            limit: configuration.batch, deadline: .now + configuration.deadline)
+        for finish in pending {
+            do {
+                try await publish(finish)
+                published += 1
+            } catch is CancellationError {
+                throw CancellationError()
+            } catch {
+                failure = failure ?? error
+            }
+        }
+        if let failure { throw failure }
+        return published
+    }
+
+    /// Called by a tracker whose operation finished a project.
+    func announce(_ project: ProjectID) {
+        announced.withLock { if $0.count < 1000 { $0.insert(project) } }
+        wake.yield()
+    }
+
+    private func publishPending(of project: ProjectID) async throws {
+        let deadline = ContinuousClock.now + configuration.deadline
+        if let finish = try await store.pendingFinish(of: project, deadline: deadline) { try await publish(finish) }
+    }
+
+    private func publish(_ finish: PendingFinish) async throws {
+        let options = PublishOptions(
+            eventID: finish.eventID, timestamp: finish.decidedAt, deadline: configuration.deadline,
+            requireRoute: configuration.requireRoute)
+        let event = UntypedEvent(routingKey: JobCompleted.routingKey, data: finish.data, projectID: finish.project)
+        try await publisher.publish(event, options: options)
+        _ = try await store.clear(finish, deadline: .now + configuration.deadline)
+    }
+
+    private func attempt(_ body: () async throws -> Void) async {
+        do {
+            try await body()
+        } catch is CancellationError {
+        } catch {
+            let reason = (error as? EventsError)?.description ?? "\(type(of: error))"
+            logger.warning("a finish stays pending", metadata: ["reason": "\(reason)"])
+        }
+    }
+}

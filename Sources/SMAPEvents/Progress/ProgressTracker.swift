@@ -1,0 +1,117 @@
+/// Keeps the progress of projects, and finds out, exactly once, when the last item is done.
+///
+/// Invariants (P4, P5): an item moves `done` once, however often it is reported; `0 ≤ errors ≤ done`, and
+/// `done ≤ total` once sealed; a project finishes once.
+///
+/// Every operation can be repeated after an error: the answer is then what it would have been.
+public struct ProgressTracker: Sendable {
+    /// The largest item index by default: a larger one would make a large bitmap.
+    public static let maximumIndex = 10_000_000
+
+    private let store: any ProgressStore
+    private let finishLine: FinishLine?
+    private let deadline: Duration
+
+    /// Makes a tracker.
+    ///
+    /// - Parameters:
+    ///   - finishLine: Told of every finish decided here, to publish it at once. Without one, some other process's
+    ///     ``FinishLine`` finds it.
+    ///   - deadline: How long each operation may take, 10 s by default.
+    public init(store: any ProgressStore, finishLine: FinishLine? = nil, deadline: Duration = .seconds(10)) {
+        self.store = store
+        self.finishLine = finishLine
+        self.deadline = deadline
+    }
+
+    /// Starts a project. On one that exists it changes nothing and says so (``ProgressUpdate/Verdict/exists``).
+    @discardableResult
+    public func start(_ project: ProjectID) async throws -> ProgressUpdate {
+        try await run("start", project) { try await store.start(project, finishEventID: EventID(), deadline: $0) }
+    }
+
+    /// Adds `count` items to a project's total, once per batch key.
+    ///
+    /// - Parameter batch: Names this batch, 1 to 512 bytes; repeated, it changes nothing.
+    /// - Throws: ``EventsError/Code/alreadySealed``, ``EventsError/Code/unknownProject``.
+    @discardableResult
+    public func expect(_ count: Int, of project: ProjectID, batch: String) async throws -> ProgressUpdate {
+        try Self.require(Self.totals.contains(count), "a count is 0 to 10^12", "expect")
+        try Self.require((1...512).contains(batch.utf8.count), "a batch key has 1 to 512 bytes", "expect")
+        return try await run("expect", project) {
+            try await store.expect(count, of: project, batch: batch, deadline: $0)
+        }
+    }
+
+    /// Makes a project's total final. With everything settled, this finishes it.
+    ///
+    /// - Parameter total: The final total, 0 included; without one, what was expected. Sealing again corrects it.
+    /// - Throws: ``EventsError/Code/totalBelowDone``, ``EventsError/Code/alreadyFinished`` (unless the total is the same),
+    ///   ``EventsError/Code/unknownProject``.
+    @discardableResult
+    public func seal(_ project: ProjectID, total: Int? = nil) async throws -> ProgressUpdate {
+        if let total { try Self.require(Self.totals.contains(total), "a total is 0 to 10^12", "seal") }
+        return try await run("seal", project) {
+            try await store.seal(project, total: total, finishEventID: EventID(), deadline: $0)
+        }
+    }
+
+    /// Reports how an item ended. It counts once; the verdict says what this report did.
+    ///
+    /// - Throws: ``EventsError/Code/unknownProject`` when the project is not there: retry, the report may have overtaken
+    ///   the start. ``EventsError/Code/itemKindMismatch``, ``EventsError/Code/indexOutOfRange``.
+    @discardableResult
+    public func advance(_ project: ProjectID, item: ItemReference, outcome: ItemOutcome) async throws -> ProgressUpdate {
+        switch item {
+        case .index(let index):
+            guard (0...Self.maximumIndex).contains(index) else {
+                throw EventsError(
+                    .indexOutOfRange, "an item index is 0 to \(Self.maximumIndex)", operation: "advance \(project)")
+            }
+        case .named(let name):
+            try Self.require((1...512).contains(name.utf8.count), "an item name has 1 to 512 bytes", "advance")
+        }
+        return try await run("advance", project) {
+            try await store.advance(project, item: item, outcome: outcome, finishEventID: EventID(), deadline: $0)
+        }
+    }
+
+    /// Marks a project as failed: it will not finish any more. Throws ``EventsError/Code/alreadyFinished``.
+    @discardableResult
+    public func fail(_ project: ProjectID) async throws -> ProgressUpdate {
+        try await run("fail", project) { try await store.fail(project, deadline: $0) }
+    }
+
+    /// A project's progress; nil if none is kept.
+    public func progress(of project: ProjectID) async throws -> ProjectProgress? {
+        try await store.progress(of: project, deadline: .now + deadline)
+    }
+
+    private static let totals = 0...1_000_000_000_000
+
+    private static func require(_ condition: Bool, _ rule: String, _ operation: String) throws {
+        guard condition else { throw EventsError(.invalidName, rule, operation: operation) }
+    }
+
+    private func run(
+        _ operation: String, _ project: ProjectID, _ body: (ContinuousClock.Instant) async throws -> ProgressUpdate
+    ) async throws -> ProgressUpdate {
+        let update = try await body(.now + deadline)
+        if update.didFinish { finishLine?.announce(project) }
+        // What was refused as a whole is an error: a caller that looks only for errors must not take it for counted.
+        let refusal: (EventsError.Code, String)? =
+            switch update.verdict {
+            case .unknownProject: (.unknownProject, "no progress is kept for this project")
+            case .alreadySealed: (.alreadySealed, "the total is final")
+            case .totalBelowDone: (.totalBelowDone, "the total is below the \(update.progress.done) items done")
+            case .itemKindMismatch: (.itemKindMismatch, "its items are counted the other way, by index or by name")
+            case .corrupt: (.corruptProgress, "a field of the hash is no number, or the hash is incomplete")
+            case .alreadyFinished where operation != "advance": (.alreadyFinished, "the project is over")
+            default: nil
+            }
+        if let (code, message) = refusal {
+            throw EventsError(code, message, operation: "\(operation) \(project)")
+        }
+        return update
+    }
+}

@@ -1,0 +1,47 @@
+#if canImport(FoundationEssentials)
+public import FoundationEssentials
+#else
+public import Foundation
+#endif
+
+/// The AMQP properties of a message (AMQP 0-9-1, class basic). Short strings hold at most 255 bytes each.
+public struct MessageProperties: Sendable, Hashable {
+    /// A header's value. Types that the wire knows and this does not are left out when reading.
+    public enum HeaderValue: Sendable, Hashable {
+        /// Text of any length.
+        case string(String)
+        /// Any of the wire's integers.
+        case integer(Int64)
+        /// A truth value.
+        case boolean(Bool)
+    }
+
+    /// `content_type`.
+    public var contentType: String?
+    /// `message_id`: the event's id.
+    public var messageID: String?
+    /// `type`: the event's routing key.
+    public var type: String?
+    /// `app_id`: the publishing service.
+    public var appID: String?
+    /// `correlation_id`.
+    public var correlationID: String?
+    /// `timestamp`, in whole seconds on the wire.
+    public var timestamp: Date?
+    /// Headers by name. Names hold at most 128 bytes.
+    public var headers: [String: HeaderValue]
+
+    /// Makes properties; everything is optional.
+    public init(
+        contentType: String? = nil, messageID: String? = nil, type: String? = nil, appID: String? = nil,
+        correlationID: String? = nil, timestamp: Date? = nil, headers: [String: HeaderValue] = [:]
+    ) {
+        self.contentType = contentType
+        self.messageID = messageID
+        self.type = type
+        self.appID = appID
+        self.correlationID = correlationID
+        self.timestamp = timestamp
+        self.headers = headers
+    }
+}
