@@ -1,0 +1,110 @@
+public import Configuration
+internal import SMAPEvents
+
+/// Where RabbitMQ is, and the limits of talking to it.
+///
+/// Its description holds no password.
+public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
+    /// The host's name or address. `RABBITMQ_HOST`, `localhost` by default.
+    public var host: String
+    /// The port. `RABBITMQ_PORT`, 5672 by default.
+    public var port: Int
+    /// The user. `RABBITMQ_USERNAME`, `guest` by default.
+    public var username: String
+    /// The password. `RABBITMQ_PASSWORD`, `guest` by default.
+    public var password: String
+    /// The virtual host. `RABBITMQ_VHOST`, `/` by default.
+    public var virtualHost: String
+
+    /// How long connecting and logging in may take, 10 s by default.
+    public var connectTimeout: Duration = .seconds(10)
+    /// The heartbeat asked for, in whole seconds; a server may ask for less. 20 s by default, 0 turns it off.
+    public var heartbeat: Duration = .seconds(20)
+    /// How long the connection's thread may be stuck in one system call before the connection is given up, 15 s by
+    /// default.
+    public var stallLimit: Duration = .seconds(15)
+    /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait.
+    public var windowMessages: Int = 1_000
+    /// How many bytes may be unconfirmed at a time, 16 MiB by default. One message over it is let through, so that a
+    /// large one gets its turn.
+    public var windowBytes: Int = 16 << 20
+    /// The largest body that is taken into memory, 16 MiB by default. Larger ones are rejected, and so go to the queue's
+    /// dead letters.
+    public var maximumBodySize: Int = 16 << 20
+
+    /// Describes a server by its parts.
+    public init(
+        host: String = "localhost", port: Int = 5672, username: String = "guest", password: String = "guest",
+        virtualHost: String = "/"
+    ) {
+        self.host = host
+        self.port = port
+        self.username = username
+        self.password = password
+        self.virtualHost = virtualHost
+    }
+
+    /// Reads `amqp://user:password@host:port/vhost` (RabbitMQ URI Specification). Everything after the scheme is
+    /// optional; user, password and vhost are percent-encoded; without a vhost, or with an empty one, it is `/`.
+    ///
+    /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the part that is wrong and never quoting
+    ///   the URL. `amqps` is refused: TLS is not supported yet.
+    public init(url: String) throws {
+        self.init()
+        let location = try ServerURL(parsing: url, setting: "RABBITMQ_URL")
+        switch location.scheme {
+        case "amqp": break
+        case "amqps": throw ServerURL.failure("RABBITMQ_URL", "amqps is not supported yet: TLS is to come")
+        default: throw ServerURL.failure("RABBITMQ_URL", "the scheme is not amqp")
+        }
+        if let host = location.host { self.host = host }
+        if let port = location.port { self.port = port }
+        if let username = location.username { self.username = username }
+        if let password = location.password { self.password = password }
+        if !location.path.isEmpty { virtualHost = location.path }
+        try validate()
+    }
+
+    /// Reads `RABBITMQ_URL`, or `RABBITMQ_HOST`, `RABBITMQ_PORT`, `RABBITMQ_USERNAME`, `RABBITMQ_PASSWORD` and
+    /// `RABBITMQ_VHOST`.
+    ///
+    /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
+    public init(reader: ConfigReader) throws {
+        let reader = reader.scoped(to: "rabbitmq")
+        if let url = reader.string(forKey: "url", isSecret: true), !url.isEmpty {
+            try self.init(url: url)
+            return
+        }
+        self.init()
+        if let host = reader.string(forKey: "host"), !host.isEmpty { self.host = host }
+        if let text = reader.string(forKey: "port"), !text.isEmpty {
+            guard let port = Int(text) else { throw ServerURL.failure("RABBITMQ_PORT", "it is not a number") }
+            self.port = port
+        }
+        if let username = reader.string(forKey: "username") { self.username = username }
+        if let password = reader.string(forKey: "password", isSecret: true) { self.password = password }
+        if let virtualHost = reader.string(forKey: "vhost"), !virtualHost.isEmpty { self.virtualHost = virtualHost }
+        try validate()
+    }
+
+    func validate() throws {
+        func require(_ condition: Bool, _ setting: String, _ rule: String) throws {
+            guard condition else { throw ServerURL.failure(setting, rule) }
+        }
+        try require((1...65_535).contains(port), "RABBITMQ_PORT", "a port is 1 to 65535")
+        try require(!host.isEmpty && !host.contains("\0"), "RABBITMQ_HOST", "it is not a host name")
+        for (setting, value) in [
+            ("RABBITMQ_USERNAME", username), ("RABBITMQ_PASSWORD", password), ("RABBITMQ_VHOST", virtualHost),
+        ] {
+            try require(value.utf8.count <= 255 && !value.contains("\0"), setting, "it has at most 255 bytes, no NUL")
+        }
+        try require(windowMessages > 0 && windowBytes > 0, "window", "it has room for one message at least")
+        try require(heartbeat >= .zero && heartbeat <= .seconds(3600), "heartbeat", "it is 0 to 3600 s")
+        try require(connectTimeout > .zero && stallLimit > .zero, "timeouts", "they are above zero")
+    }
+
+    /// `host:port/vhost`, for logs and errors.
+    public var description: String {
+        "\(host.contains(":") ? "[\(host)]" : host):\(port)\(virtualHost == "/" ? "" : "/\(virtualHost)")"
+    }
+}
