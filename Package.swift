@@ -68,7 +68,7 @@ let package = Package(
         ),
         .target(
             name: "SMAPEventsTesting",
-            dependencies: ["SMAPEvents", deque, logging, subprocess],
+            dependencies: ["SMAPEvents", "ConnectionThread", deque, logging, subprocess],
             swiftSettings: settings
         ),
         .executableTarget(

@@ -171,3 +171,26 @@ private enum Resolver {
         return addresses
     }
 }
+
+extension Socket {
+    /// A port on 127.0.0.1 that is free as long as the descriptor, which the caller owns, stays open.
+    package static func freePort() -> (descriptor: Int32, port: Int)? {
+        let descriptor = socket(AF_INET, streamSocket, 0)
+        guard descriptor >= 0 else { return nil }
+        _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
+        var address = sockaddr_in()
+        address.sin_family = sa_family_t(AF_INET)
+        address.sin_addr.s_addr = UInt32(0x7F00_0001).bigEndian
+        var length = socklen_t(MemoryLayout<sockaddr_in>.size)
+        let isBound = withUnsafeMutableBytes(of: &address) { raw in
+            // Sound: a sockaddr_in is what these calls take for AF_INET, and its length goes along.
+            guard let base = raw.baseAddress?.assumingMemoryBound(to: sockaddr.self) else { return false }
+            return bind(descriptor, base, length) == 0 && getsockname(descriptor, base, &length) == 0
+        }
+        guard isBound else {
+            close(descriptor)
+            return nil
+        }
+        return (descriptor, Int(UInt16(bigEndian: address.sin_port)))
+    }
+}

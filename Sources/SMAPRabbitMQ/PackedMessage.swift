@@ -29,56 +29,37 @@ struct PackedMessage: Sendable {
     private(set) var timestamp: UInt64?
     private(set) var body: Range<Int>
 
-    /// Header tables must fit a frame; RabbitMQ's smallest usual one is 128 KiB.
-    static let headerLimit = 64 * 1024
-
     /// Throws `invalidEvent` or `eventTooLarge`, naming the field.
     init(_ message: OutboundMessage) throws {
+        try message.validate()
         let properties = message.properties
         var bytes: [UInt8] = []
         bytes.reserveCapacity(message.body.count + 256)
 
-        func append(_ text: String, _ field: String, limit: Int = 255) throws -> Range<Int> {
+        func append(_ text: String) -> Range<Int> {
             let start = bytes.count
             bytes.append(contentsOf: text.utf8)
-            guard bytes.count - start <= limit else {
-                throw EventsError(.eventTooLarge, "\(field) has more than \(limit) bytes", operation: "publish")
-            }
-            for index in start..<bytes.count where bytes[index] < 0x20 || bytes[index] == 0x7F {
-                throw EventsError(.invalidEvent, "\(field) has a control character", operation: "publish")
-            }
             return start..<bytes.count
         }
-        exchange = try append(message.exchange, "the exchange's name")
-        routingKey = try append(message.routingKey, "the routing key")
-        contentType = try properties.contentType.map { try append($0, "content_type") }
-        messageID = try properties.messageID.map { try append($0, "message_id") }
-        type = try properties.type.map { try append($0, "type") }
-        appID = try properties.appID.map { try append($0, "app_id") }
-        correlationID = try properties.correlationID.map { try append($0, "correlation_id") }
+        exchange = append(message.exchange)
+        routingKey = append(message.routingKey)
+        contentType = properties.contentType.map(append)
+        messageID = properties.messageID.map(append)
+        type = properties.type.map(append)
+        appID = properties.appID.map(append)
+        correlationID = properties.correlationID.map(append)
         timestamp = properties.timestamp.map { UInt64(max(0, $0.timeIntervalSince1970)) }
-
-        let headerStart = bytes.count
         for (name, value) in properties.headers {
-            // They route a message beyond its key, and around topic permissions.
-            guard name.lowercased() != "cc", name.lowercased() != "bcc" else {
-                throw EventsError(.invalidEvent, "a header \(name) is not sent", operation: "publish")
-            }
-            let range = try append(name, "a header's name", limit: 128)
+            let name = append(name)
             switch value {
-            case .string(let text):
-                headers.append((range, .string(try append(text, "header \(name)", limit: Self.headerLimit))))
-            case .integer(let number): headers.append((range, .integer(number)))
-            case .boolean(let flag): headers.append((range, .boolean(flag)))
+            case .string(let text): headers.append((name, .string(append(text))))
+            case .integer(let number): headers.append((name, .integer(number)))
+            case .boolean(let flag): headers.append((name, .boolean(flag)))
             }
         }
-        guard bytes.count - headerStart + headers.count * 16 <= Self.headerLimit else {
-            throw EventsError(
-                .eventTooLarge, "the headers have more than \(Self.headerLimit) bytes", operation: "publish")
-        }
-        let bodyStart = bytes.count
+        let start = bytes.count
         bytes.append(contentsOf: message.body)
-        body = bodyStart..<bytes.count
+        body = start..<bytes.count
         self.bytes = bytes
     }
 

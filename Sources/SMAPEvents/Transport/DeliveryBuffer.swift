@@ -1,0 +1,80 @@
+internal import DequeModule
+internal import Synchronization
+
+/// Where a consumer's deliveries wait until tasks take them. For the transports of this package.
+///
+/// It is bounded by the consumer's prefetch: no more than that is unsettled at a time.
+package final class DeliveryBuffer: Sendable {
+    private struct Waiting {
+        let id: UInt64
+        let continuation: CheckedContinuation<InboundDelivery?, any Error>
+    }
+
+    private struct State {
+        var deliveries: Deque<InboundDelivery> = []
+        var waiting: Deque<Waiting> = []
+        var lastID: UInt64 = 0
+        /// Set once no more deliveries are handed out: nil inside stands for an orderly stop.
+        var end: EventsError??
+    }
+
+    private let state = Mutex(State())
+
+    package init() {}
+
+    /// The next delivery; nil after an orderly end.
+    package func next() async throws -> InboundDelivery? {
+        // Most deliveries are here already when a handler comes for the next one: no suspension, no handler.
+        if let delivery = state.withLock({ $0.end == nil ? $0.deliveries.popFirst() : nil }) {
+            try Task.checkCancellation()
+            return delivery
+        }
+        let id = state.withLock { state in
+            state.lastID += 1
+            return state.lastID
+        }
+        return try await withTaskCancellationHandler {
+            try await withCheckedThrowingContinuation { continuation in
+                let result = state.withLock { state -> Result<InboundDelivery?, any Error>? in
+                    // Under the lock: the handler below runs after the flag is up, and finds what is left here.
+                    if Task.isCancelled { return .failure(CancellationError()) }
+                    if let end = state.end { return end.map { .failure($0) } ?? .success(nil) }
+                    if let delivery = state.deliveries.popFirst() { return .success(delivery) }
+                    state.waiting.append(Waiting(id: id, continuation: continuation))
+                    return nil
+                }
+                if let result { continuation.resume(with: result) }
+            }
+        } onCancel: {
+            let waiting = state.withLock { state in
+                state.waiting.firstIndex { $0.id == id }.map { state.waiting.remove(at: $0) }
+            }
+            waiting?.continuation.resume(throwing: CancellationError())
+        }
+    }
+
+    /// Hands a delivery to a task. After the end it is dropped: unsettled, it goes back to its queue.
+    package func deliver(_ delivery: InboundDelivery) {
+        let waiting = state.withLock { state -> Waiting? in
+            guard state.end == nil else { return nil }
+            if let waiting = state.waiting.popFirst() { return waiting }
+            state.deliveries.append(delivery)
+            return nil
+        }
+        waiting?.continuation.resume(returning: delivery)
+    }
+
+    /// Ends the stream: with an error, or in order. The first end stands.
+    package func end(with error: EventsError?) {
+        let waiting = state.withLock { state in
+            guard state.end == nil else { return Deque<Waiting>() }
+            state.end = .some(error)
+            state.deliveries = []
+            defer { state.waiting = [] }
+            return state.waiting
+        }
+        for entry in waiting {
+            if let error { entry.continuation.resume(throwing: error) } else { entry.continuation.resume(returning: nil) }
+        }
+    }
+}

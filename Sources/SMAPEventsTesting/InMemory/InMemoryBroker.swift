@@ -1,0 +1,265 @@
+internal import DequeModule
+public import SMAPEvents
+internal import Synchronization
+
+/// A broker in memory, for tests that need no server: topic, fanout and direct exchanges, prefetch, redelivery, dead
+/// letters, and messages that reach no queue.
+///
+/// It answers as RabbitMQ does; `TransportContract` holds both to the same promises. Nothing is persistent, and nothing
+/// takes time.
+public final class InMemoryBroker: EventTransport {
+    private struct Message {
+        let position: UInt64
+        let content: OutboundMessage
+        var deliveries = 0
+    }
+
+    private struct Queue {
+        let declaration: QueueDeclaration
+        /// In the order of their positions: a message that comes back takes its old place.
+        var ready: Deque<Message> = []
+        var consumers: Deque<InMemoryConsumer> = []
+    }
+
+    private struct Binding: Hashable {
+        let exchange: String
+        let queue: QueueName
+        let key: String
+    }
+
+    private struct State {
+        var exchanges: [String: ExchangeDeclaration.Kind] = [:]
+        var queues: [QueueName: Queue] = [:]
+        var bindings: [Binding] = []
+        var lastPosition: UInt64 = 0
+        /// What each consumer has in hand, by tag.
+        var unsettled: [ObjectIdentifier: [UInt64: Message]] = [:]
+        var lastTags: [ObjectIdentifier: UInt64] = [:]
+    }
+
+    private let state = Mutex(State())
+
+    /// Makes an empty broker: no exchanges, no queues.
+    public init() {}
+
+    /// The messages that wait in a queue, oldest first; those in the hands of consumers are not among them.
+    public func messages(in queue: QueueName) -> [OutboundMessage] {
+        state.withLock { $0.queues[queue]?.ready.map(\.content) ?? [] }
+    }
+
+    // MARK: EventTransport
+
+    public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
+        try state.withLock { state in
+            if let kind = state.exchanges[exchange.name], kind != exchange.kind {
+                throw EventsError(
+                    .topologyConflict, "inequivalent arg 'type' for exchange '\(exchange.name)'",
+                    operation: "declare exchange \(exchange.name)")
+            }
+            state.exchanges[exchange.name] = exchange.kind
+        }
+    }
+
+    @discardableResult
+    public func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+        try state.withLock { state in
+            if let known = state.queues[queue.name] {
+                let difference = Set(known.declaration.arguments.keys).union(queue.arguments.keys).sorted()
+                    .first { known.declaration.arguments[$0] != queue.arguments[$0] }
+                if let difference {
+                    throw EventsError(
+                        .topologyConflict, "inequivalent arg '\(difference)' for queue '\(queue.name)'",
+                        operation: "declare queue \(queue.name)")
+                }
+                return QueueStatus(messages: known.ready.count, consumers: known.consumers.count)
+            }
+            state.queues[queue.name] = Queue(declaration: queue)
+            return QueueStatus(messages: 0, consumers: 0)
+        }
+    }
+
+    public func bind(
+        _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
+    ) async throws {
+        try state.withLock { state in
+            let operation = "bind \(queue) to \(exchange)"
+            guard state.exchanges[exchange] != nil else {
+                throw EventsError(.notFound, "no exchange '\(exchange)'", operation: operation)
+            }
+            guard state.queues[queue] != nil else {
+                throw EventsError(.notFound, "no queue '\(queue)'", operation: operation)
+            }
+            let binding = Binding(exchange: exchange, queue: queue, key: routingKey)
+            if !state.bindings.contains(binding) { state.bindings.append(binding) }
+        }
+    }
+
+    public func publish(
+        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+    ) async throws -> Bool {
+        try Task.checkCancellation()
+        let message = try message()
+        try message.validate()
+        return try state.withLock { state in
+            guard state.exchanges[message.exchange] != nil else {
+                throw EventsError(
+                    .exchangeNotFound, "no exchange '\(message.exchange)'", operation: "publish")
+            }
+            return Self.route(message, &state)
+        }
+    }
+
+    public func withConsumer<Result: Sendable>(
+        on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
+        _ body: @Sendable (any TransportConsumer) async throws -> Result
+    ) async throws -> Result {
+        guard (1...65_535).contains(prefetch) else {
+            throw EventsError(.invalidConfiguration, "prefetch is 1 to 65535", operation: "consume from \(queue)")
+        }
+        let consumer = InMemoryConsumer(broker: self, queue: queue, prefetch: prefetch)
+        try state.withLock { state in
+            guard state.queues[queue] != nil else {
+                throw EventsError(.notFound, "no queue '\(queue)'", operation: "consume from \(queue)")
+            }
+            state.unsettled[ObjectIdentifier(consumer)] = [:]
+            state.queues[queue]?.consumers.append(consumer)
+            Self.dispatch(queue, &state)
+        }
+        defer { close(consumer) }
+        return try await body(consumer)
+    }
+
+    /// Deletes a queue, as an operator might. Its consumers end with
+    /// ``SMAPEvents/EventsError/Code/subscriptionCancelled``.
+    public func delete(_ queue: QueueName) {
+        let consumers = state.withLock { state in
+            state.bindings.removeAll { $0.queue == queue }
+            return state.queues.removeValue(forKey: queue)?.consumers ?? []
+        }
+        for consumer in consumers {
+            consumer.buffer.end(
+                with: EventsError(
+                    .subscriptionCancelled, "the broker has cancelled the consumer: its queue is gone",
+                    operation: "consume from \(queue)"))
+        }
+    }
+
+    // MARK: Consumers
+
+    func settle(_ tag: UInt64, of consumer: InMemoryConsumer, _ settlement: Settlement) throws {
+        try state.withLock { state in
+            guard let message = state.unsettled[ObjectIdentifier(consumer)]?.removeValue(forKey: tag) else {
+                throw EventsError(
+                    .deliveryExpired, "the delivery is settled already, or its consumer is gone",
+                    operation: "settle on \(consumer.queue)")
+            }
+            switch settlement {
+            case .acknowledge: break
+            case .requeue: Self.putBack(message, consumer.queue, &state)
+            case .reject:
+                if state.queues[consumer.queue]?.declaration.deadLetters == true {
+                    var dead = message.content
+                    dead.exchange = ExchangeName.deadLetters
+                    dead.routingKey = consumer.queue.rawValue
+                    _ = Self.route(dead, &state)
+                }
+            }
+            Self.dispatch(consumer.queue, &state)
+        }
+    }
+
+    /// No more deliveries for this consumer; those that no task has taken go back.
+    func stop(_ consumer: InMemoryConsumer) {
+        state.withLock { state in state.queues[consumer.queue]?.consumers.removeAll { $0 === consumer } }
+        consumer.buffer.end(with: nil)
+    }
+
+    private func close(_ consumer: InMemoryConsumer) {
+        stop(consumer)
+        state.withLock { state in
+            for message in (state.unsettled.removeValue(forKey: ObjectIdentifier(consumer)) ?? [:]).values {
+                Self.putBack(message, consumer.queue, &state)
+            }
+            state.lastTags[ObjectIdentifier(consumer)] = nil
+            Self.dispatch(consumer.queue, &state)
+        }
+    }
+
+    // MARK: Routing
+
+    private static func route(_ message: OutboundMessage, _ state: inout State) -> Bool {
+        let kind = state.exchanges[message.exchange]
+        var targets: Set<QueueName> = []
+        for binding in state.bindings where binding.exchange == message.exchange {
+            let isMatch =
+                switch kind {
+                case .fanout: true
+                case .direct: binding.key == message.routingKey
+                case .topic: (try? TopicPattern(binding.key))?.matches(message.routingKey) ?? false
+                case nil: false
+                }
+            if isMatch { targets.insert(binding.queue) }
+        }
+        for queue in targets {
+            state.lastPosition += 1
+            state.queues[queue]?.ready.append(Message(position: state.lastPosition, content: message))
+            dispatch(queue, &state)
+        }
+        return !targets.isEmpty
+    }
+
+    private static func putBack(_ message: Message, _ queue: QueueName, _ state: inout State) {
+        guard let ready = state.queues[queue]?.ready else { return }
+        let index = ready.firstIndex { $0.position > message.position } ?? ready.endIndex
+        state.queues[queue]?.ready.insert(message, at: index)
+    }
+
+    /// Gives what is ready to consumers that may have more, in turn.
+    private static func dispatch(_ name: QueueName, _ state: inout State) {
+        while let queue = state.queues[name], !queue.ready.isEmpty {
+            let free = queue.consumers.firstIndex {
+                (state.unsettled[ObjectIdentifier($0)]?.count ?? .max) < $0.prefetch
+            }
+            guard let free, let consumer = state.queues[name]?.consumers.remove(at: free),
+                var message = state.queues[name]?.ready.popFirst()
+            else { return }
+            state.queues[name]?.consumers.append(consumer)
+            let id = ObjectIdentifier(consumer)
+            let tag = (state.lastTags[id] ?? 0) + 1
+            state.lastTags[id] = tag
+            var properties = message.content.properties
+            // As quorum queues do; classic ones do not count.
+            if message.deliveries > 0, queue.declaration.kind == .quorum {
+                properties.headers["x-delivery-count"] = .integer(Int64(message.deliveries))
+            }
+            let delivery = InboundDelivery(
+                tag: tag, exchange: message.content.exchange, routingKey: message.content.routingKey,
+                isRedelivered: message.deliveries > 0, properties: properties, body: message.content.body)
+            message.deliveries += 1
+            state.unsettled[id]?[tag] = message
+            consumer.buffer.deliver(delivery)
+        }
+    }
+}
+
+/// A consumer of an in-memory queue.
+final class InMemoryConsumer: TransportConsumer {
+    let queue: QueueName
+    let prefetch: Int
+    let buffer = DeliveryBuffer()
+    private let broker: InMemoryBroker
+
+    init(broker: InMemoryBroker, queue: QueueName, prefetch: Int) {
+        self.broker = broker
+        self.queue = queue
+        self.prefetch = prefetch
+    }
+
+    func next() async throws -> InboundDelivery? { try await buffer.next() }
+
+    func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws {
+        try broker.settle(delivery.tag, of: self, settlement)
+    }
+
+    func stop() async { broker.stop(self) }
+}
