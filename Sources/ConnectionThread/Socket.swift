@@ -194,3 +194,15 @@ extension Socket {
         return (descriptor, Int(UInt16(bigEndian: address.sin_port)))
     }
 }
+
+extension Socket {
+    /// Waits until the socket has bytes, or takes some. False when the deadline has passed.
+    package static func wait(_ descriptor: Int32, toWrite: Bool, until deadline: MonotonicTime) -> Bool {
+        while true {
+            let now = MonotonicTime.now
+            guard now < deadline else { return false }
+            var entry = pollfd(fd: descriptor, events: Int16(POLLIN) | (toWrite ? Int16(POLLOUT) : 0), revents: 0)
+            if poll(&entry, 1, now.pollTimeout(until: deadline)) > 0 { return true }
+        }
+    }
+}

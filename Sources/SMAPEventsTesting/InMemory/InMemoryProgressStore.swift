@@ -63,7 +63,7 @@ public final class InMemoryProgressStore: ProgressStore {
             guard !entry.isSealed else { return .alreadySealed }
             entry.batches.insert(batch)
             entry.total += count
-            entry.status = .crawling
+            if entry.status == .initializing { entry.status = .crawling }
             return .expected
         }
     }
@@ -73,7 +73,10 @@ public final class InMemoryProgressStore: ProgressStore {
     {
         change(project) { entry, state in
             let total = total ?? entry.total
-            if entry.isFinished { return total == entry.total ? self.finished(project, state) : .alreadyFinished }
+            if entry.isFinished {
+                guard total == entry.total else { return .alreadyFinished }
+                return state.pending[project] == nil ? .duplicate : .finishPending
+            }
             guard entry.status != .failed else { return .alreadyFinished }
             guard total >= entry.done else { return .totalBelowDone }
             entry.total = total

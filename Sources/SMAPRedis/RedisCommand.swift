@@ -1,0 +1,31 @@
+internal import CHiredis
+
+/// A command as it goes over the wire, written by hiredis.
+struct RedisCommand: Sendable {
+    let bytes: [UInt8]
+
+    init(_ arguments: [String]) {
+        var block: [CChar] = []
+        var lengths: [Int] = []
+        lengths.reserveCapacity(arguments.count)
+        block.reserveCapacity(arguments.reduce(0) { $0 + $1.utf8.count })
+        for argument in arguments {
+            block.append(contentsOf: argument.utf8.lazy.map { CChar(bitPattern: $0) })
+            lengths.append(argument.utf8.count)
+        }
+        bytes = block.withUnsafeBufferPointer { block in
+            // Sound: the pointers lead into `block`, which outlives the call; hiredis reads `lengths` bytes from each.
+            var offset = 0
+            var pointers: [UnsafePointer<CChar>?] = lengths.map { length in
+                defer { offset += length }
+                return block.baseAddress.map { $0 + offset }
+            }
+            var target: UnsafeMutablePointer<CChar>?
+            // The result's type differs between hiredis versions.
+            let count = Int(redisFormatCommandArgv(&target, Int32(arguments.count), &pointers, lengths))
+            guard count > 0, let target else { return [] }
+            defer { redisFreeCommand(target) }
+            return Array(UnsafeRawBufferPointer(start: target, count: count))
+        }
+    }
+}

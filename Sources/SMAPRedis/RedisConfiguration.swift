@@ -1,0 +1,69 @@
+public import Configuration
+internal import SMAPEvents
+
+/// Where Redis is, and the limits of talking to it.
+///
+/// Its description holds no password.
+public struct RedisConfiguration: Sendable, CustomStringConvertible {
+    /// The host's name or address. `REDIS_HOST`, `localhost` by default.
+    public var host: String
+    /// The port. `REDIS_PORT`, 6379 by default.
+    public var port: Int
+    /// The password; none by default. `REDIS_PASSWORD`.
+    public var password: String?
+    /// The database, 1 by default: database 0 is a cache that may evict. `REDIS_STATE_DB`.
+    public var database: Int
+
+    /// How long connecting and logging in may take, 5 s by default.
+    public var connectTimeout: Duration = .seconds(5)
+    /// How many commands may be under way at a time, 10,000 by default. More are refused as
+    /// ``SMAPEvents/EventsError/Code/overloaded``.
+    public var maximumInFlight: Int = 10_000
+    /// How long a project's keys live after its last update, 604,800 s (a week) by default. Whole seconds.
+    public var timeToLive: Duration = .seconds(604_800)
+
+    /// Describes a server.
+    public init(host: String = "localhost", port: Int = 6379, password: String? = nil, database: Int = 1) {
+        self.host = host
+        self.port = port
+        self.password = password
+        self.database = database
+    }
+
+    /// Reads `REDIS_HOST`, `REDIS_PORT`, `REDIS_PASSWORD` and `REDIS_STATE_DB`.
+    ///
+    /// Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
+    public init(reader: ConfigReader) throws {
+        self.init()
+        let reader = reader.scoped(to: "redis")
+        func number(_ key: ConfigKey, _ setting: String) throws -> Int? {
+            guard let text = reader.string(forKey: key), !text.isEmpty else { return nil }
+            guard let number = Int(text) else { throw ServerURL.failure(setting, "it is not a number") }
+            return number
+        }
+        if let host = reader.string(forKey: "host"), !host.isEmpty { self.host = host }
+        if let port = try number("port", "REDIS_PORT") { self.port = port }
+        if let password = reader.string(forKey: "password", isSecret: true), !password.isEmpty {
+            self.password = password
+        }
+        if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
+        try validate()
+    }
+
+    func validate() throws {
+        func require(_ condition: Bool, _ setting: String, _ rule: String) throws {
+            guard condition else { throw ServerURL.failure(setting, rule) }
+        }
+        try require(!host.isEmpty && !host.contains("\0"), "REDIS_HOST", "it is not a host name")
+        try require((1...65_535).contains(port), "REDIS_PORT", "a port is 1 to 65535")
+        try require((0...1_000_000).contains(database), "REDIS_STATE_DB", "it is 0 or more")
+        try require(maximumInFlight > 0, "maximumInFlight", "it is 1 or more")
+        try require(connectTimeout > .zero, "connectTimeout", "it is above zero")
+        try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")
+    }
+
+    /// `host:port/database`, for logs and errors.
+    public var description: String {
+        "\(host.contains(":") ? "[\(host)]" : host):\(port)/\(database)"
+    }
+}

@@ -1,0 +1,106 @@
+internal import ConnectionThread
+internal import SMAPEvents
+internal import Synchronization
+
+/// What callers and the connection thread of one Redis connection share.
+final class RedisConnection: Sendable {
+    let configuration: RedisConfiguration
+    private let pipeline: Mutex<RedisPipeline>
+    private let closed = Atomic<Bool>(false)
+    // Set once, in init, before any other thread knows of this object.
+    private nonisolated(unsafe) var thread: ConnectionThread?
+
+    /// Starts connecting. Commands wait until that is done, or fail with it.
+    init(_ configuration: RedisConfiguration) throws {
+        self.configuration = configuration
+        self.pipeline = Mutex(RedisPipeline(limit: configuration.maximumInFlight))
+        let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
+        do {
+            // Nothing blocks on this thread after the handshake: the stall limit is for what nobody has thought of.
+            let thread = try ConnectionThread(stallLimit: .seconds(15)) { [weak self] now in
+                self?.check(now: now)
+            } onStall: { [weak self] in
+                self?.end(EventsError(.connectionLost, "the connection hung", operation: "redis"))
+            }
+            self.thread = thread
+            try thread.start(name: "smap-redis", openLimit: configuration.connectTimeout + .seconds(1)) {
+                try RedisDriver(connection: self, thread: $0, deadline: deadline)
+            } failed: { error in
+                let operation = "connect to \(configuration)"
+                switch error {
+                case let error as SocketError:
+                    self.end(EventsError(.connectionFailed, error.description, operation: operation))
+                case let error as EventsError: self.end(error)
+                default: self.end(EventsError(.connectionFailed, "\(type(of: error))", operation: operation))
+                }
+            }
+        } catch let error as SocketError {
+            throw EventsError(.connectionFailed, error.description, operation: "connect to \(configuration)")
+        }
+    }
+
+    var isClosed: Bool { closed.load(ordering: .acquiring) }
+
+    /// Sends a command and returns its reply, errors of the server included.
+    func send(_ command: RedisCommand, deadline: MonotonicTime) async throws -> RedisReply {
+        let id = pipeline.withLock { $0.nextID() }
+        return try await withTaskCancellationHandler {
+            try await withCheckedThrowingContinuation { continuation in
+                pipeline.withLock { pipeline in
+                    if Task.isCancelled {
+                        return RedisPipeline.Answers(calls: [(continuation, .failure(CancellationError()))])
+                    }
+                    return pipeline.submit(id, command, deadline: deadline, continuation)
+                }.give()
+                Watchdog.shared.look(by: deadline)
+                thread?.wake()
+            }
+        } onCancel: {
+            pipeline.withLock { $0.cancel(id) }.give()
+        }
+    }
+
+    /// Ends the connection; whatever is under way fails.
+    func close() async {
+        end(EventsError(.closed, "the store was closed", operation: "redis"))
+        thread?.stop()
+        await thread?.join()
+    }
+
+    /// As ``close()``, without waiting.
+    func abandon() {
+        end(EventsError(.closed, "the store is gone", operation: "redis"))
+        thread?.stop()
+    }
+
+    /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
+    func end(_ error: EventsError) {
+        closed.store(true, ordering: .releasing)
+        pipeline.withLock { $0.fail(error) }.give()
+    }
+
+    // MARK: The connection thread
+
+    func takeUnsent(into buffer: inout [UInt8]) {
+        pipeline.withLock { $0.takeUnsent(into: &buffer) }
+    }
+
+    func replied(_ replies: [RedisReply]) -> Bool {
+        let (answers, isExpected) = pipeline.withLock { pipeline in
+            var answers = RedisPipeline.Answers()
+            let isExpected = pipeline.replied(replies, &answers)
+            return (answers, isExpected)
+        }
+        answers.give()
+        return isExpected
+    }
+
+    private func check(now: MonotonicTime) -> MonotonicTime? {
+        let (answers, next) = pipeline.withLock { pipeline in
+            let answers = pipeline.expire(now: now)
+            return (answers, pipeline.earliestDeadline)
+        }
+        answers.give()
+        return next == .distantFuture ? nil : next
+    }
+}

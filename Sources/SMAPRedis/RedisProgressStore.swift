@@ -1,0 +1,235 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+internal import ConnectionThread
+public import SMAPEvents
+internal import Synchronization
+
+/// Keeps the progress of projects in Redis 7: the hash `smap:proj:<id>` that sibling services read and write too, and a
+/// family of keys beside it.
+///
+/// Each operation is one Lua script. It keeps one connection, on a thread of its own, opened when first needed; when it
+/// is lost, whatever was under way ends with a retriable error, and the next call connects again.
+public final class RedisProgressStore: ProgressStore {
+    private enum Slot {
+        case idle
+        case connection(RedisConnection)
+        case closed
+    }
+
+    private let configuration: RedisConfiguration
+    private let timeToLive: String
+    private let slot = Mutex(Slot.idle)
+    /// The hashes under which the server knows the scripts; it tells them when they are loaded.
+    private let hashes = Mutex<[String: String]>([:])
+
+    /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
+    public init(configuration: RedisConfiguration) throws {
+        try configuration.validate()
+        self.configuration = configuration
+        self.timeToLive = String(configuration.timeToLive.components.seconds)
+    }
+
+    deinit {
+        if case .connection(let connection) = slot.withLock({ $0 }) { connection.abandon() }
+    }
+
+    /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
+    public func close() async {
+        let old = slot.withLock { slot in
+            defer { slot = .closed }
+            return slot
+        }
+        if case .connection(let connection) = old { await connection.close() }
+    }
+
+    /// Runs `body` with a store and closes it afterwards, whatever happens.
+    public static func withStore<Result: Sendable>(
+        configuration: RedisConfiguration, _ body: (RedisProgressStore) async throws -> Result
+    ) async throws -> Result {
+        let store = try RedisProgressStore(configuration: configuration)
+        do {
+            let result = try await body(store)
+            await store.close()
+            return result
+        } catch {
+            await store.close()
+            throw error
+        }
+    }
+
+    // MARK: ProgressStore
+
+    public func start(
+        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(.start, project, [finishEventID.rawValue], deadline)
+    }
+
+    public func expect(
+        _ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(.expect, project, [String(count), batch], deadline)
+    }
+
+    public func seal(
+        _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(
+            .seal, project, [finishEventID.rawValue, project.rawValue, total.map(String.init) ?? ""], deadline)
+    }
+
+    public func advance(
+        _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
+        deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        let (kind, name) =
+            switch item {
+            case .index(let index): ("i", String(index))
+            case .named(let name): ("n", name)
+            }
+        return try await update(
+            .advance, project, [finishEventID.rawValue, project.rawValue, kind, name, outcome == .failure ? "f" : "s"],
+            deadline)
+    }
+
+    public func fail(_ project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate {
+        try await update(.fail, project, [], deadline)
+    }
+
+    public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
+        let update = try await update(.progress, project, [], deadline)
+        switch update.verdict {
+        case .unknownProject: return nil
+        case .corrupt:
+            throw EventsError(
+                .corruptProgress, "a field of the hash is no number, or the hash is incomplete",
+                operation: "progress \(project)")
+        default: return update.progress
+        }
+    }
+
+    public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
+        // A random choice, so that finishes which cannot be published do not hide the others for ever.
+        let reply = try await command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
+        guard case .array(let names) = reply else { return [] }
+        var finishes: [PendingFinish] = []
+        for name in names {
+            guard let project = name.text.flatMap({ try? ProjectID($0) }) else { continue }
+            if let finish = try await pendingFinish(of: project, deadline: deadline) { finishes.append(finish) }
+        }
+        return finishes
+    }
+
+    public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
+        let key = Self.keys(project)[4]
+        let reply = try await command(
+            ["HMGET", key, "event_id", "data", "decided_ms"], "pending finish of \(project)", deadline)
+        guard case .array(let fields) = reply, fields.count == 3, let id = fields[0].text else { return nil }
+        guard let data = fields[1].text, let decided = fields[2].number else {
+            throw EventsError(
+                .corruptProgress, "the pending finish is incomplete", operation: "pending finish of \(project)")
+        }
+        return PendingFinish(
+            project: project, eventID: try EventID(id), data: Array(data.utf8),
+            decidedAt: Date(timeIntervalSince1970: Double(decided) / 1000))
+    }
+
+    public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
+        let reply = try await run(
+            .clear, finish.project, [finish.eventID.rawValue, finish.project.rawValue], deadline)
+        return reply.number == 1
+    }
+
+    // MARK: Scripts
+
+    /// The index of projects whose finish is pending.
+    static let index = "smap:finish:pending"
+
+    /// The keys of a project, in the order of the scripts: hash, items that succeeded, items that failed, batches, pending
+    /// finish, index. All but the first and the last carry the whole main key as their hash tag.
+    static func keys(_ project: ProjectID) -> [String] {
+        let main = "smap:proj:\(project.rawValue)"
+        return [main, "{\(main)}:ok", "{\(main)}:err", "{\(main)}:batches", "{\(main)}:finish", index]
+    }
+
+    private func update(
+        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        let reply = try await run(script, project, arguments, deadline)
+        guard case .array(let fields) = reply, fields.count == 7, let verdict = fields[0].text,
+            let status = fields[1].text, let total = fields[2].number, let done = fields[3].number,
+            let errors = fields[4].number, let sealed = fields[5].number, let finish = fields[6].text
+        else {
+            throw EventsError(
+                .protocolViolation, "an unexpected reply", operation: "\(script.name) \(project)")
+        }
+        return ProgressUpdate(
+            verdict: ProgressUpdate.Verdict(verdict),
+            progress: ProjectProgress(
+                project: project, status: ProjectProgress.Status(status), total: total, done: done, errors: errors,
+                isSealed: sealed == 1, finishEventID: finish.isEmpty ? nil : try EventID(finish)))
+    }
+
+    /// Runs a script by its hash; by its text where the server does not know it (any more).
+    private func run(
+        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisReply {
+        let operation = "\(script.name) \(project)"
+        let tail = ["6"] + Self.keys(project) + [timeToLive] + arguments
+        let hash: String
+        if let known = hashes.withLock({ $0[script.name] }) {
+            hash = known
+        } else {
+            let reply = try await command(["SCRIPT", "LOAD", script.source], operation, deadline)
+            guard let loaded = reply.text else {
+                throw EventsError(.protocolViolation, "an unexpected reply", operation: operation)
+            }
+            hashes.withLock { $0[script.name] = loaded }
+            hash = loaded
+        }
+        let reply = try await send(["EVALSHA", hash] + tail, operation, deadline)
+        // Nothing was run: the cache is empty after a restart, a failover or SCRIPT FLUSH. EVAL fills it again.
+        if case .error(let text) = reply, text.hasPrefix("NOSCRIPT") {
+            return try await command(["EVAL", script.source] + tail, operation, deadline)
+        }
+        return try check(reply, operation)
+    }
+
+    private func command(
+        _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisReply {
+        try check(try await send(arguments, operation, deadline), operation)
+    }
+
+    private func check(_ reply: RedisReply, _ operation: String) throws -> RedisReply {
+        guard case .error(let text) = reply else { return reply }
+        throw RedisFailure.error(text, operation: operation)
+    }
+
+    private func send(
+        _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisReply {
+        let connection = try slot.withLock { slot in
+            switch slot {
+            case .connection(let connection) where !connection.isClosed: return connection
+            case .closed: throw EventsError(.closed, "the store is closed", operation: operation)
+            case .idle, .connection:
+                let connection = try RedisConnection(configuration)
+                slot = .connection(connection)
+                return connection
+            }
+        }
+        do {
+            let reply = try await connection.send(RedisCommand(arguments), deadline: MonotonicTime(deadline))
+            // A replica that was a master, or a master that has become one: the next call connects anew.
+            if case .error(let text) = reply, text.hasPrefix("READONLY") { connection.abandon() }
+            return reply
+        } catch let error as EventsError where error.operation == "redis" {
+            throw EventsError(
+                error.code, "\(configuration): \(error.message)", operation: operation, underlying: error.underlying)
+        }
+    }
+}
