@@ -132,14 +132,15 @@ public final class RabbitMQTransport: EventTransport, Service {
         }
         let connection = try connection(consuming, name: "consume")
         let consumer = Consumer(queue: queue, prefetch: prefetch, connection: connection)
+        let result: Swift.Result<Result, any Error>
         do {
             _ = try await connection.call(.consume(consumer), "consume from \(queue)", deadline: deadline)
-            let result = try await body(consumer)
-            await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
-            return result
+            result = .success(try await body(consumer))
         } catch {
-            await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
-            throw error
+            result = .failure(error)
         }
+        await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
+        consumer.fail(EventsError(.closed, "the consumer has ended", operation: "consume from \(queue)"))
+        return try result.get()
     }
 }

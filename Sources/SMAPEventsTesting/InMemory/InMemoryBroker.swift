@@ -47,6 +47,14 @@ public final class InMemoryBroker: EventTransport {
         state.withLock { $0.queues[queue]?.ready.map(\.content) ?? [] }
     }
 
+    /// Whether a queue is empty, and nothing that was delivered from it is in the hands of a consumer.
+    public func isSettled(_ queue: QueueName) -> Bool {
+        state.withLock { state in
+            guard let entry = state.queues[queue] else { return true }
+            return entry.ready.isEmpty && entry.consumers.allSatisfy { state.unsettled[ObjectIdentifier($0)]?.isEmpty ?? true }
+        }
+    }
+
     // MARK: EventTransport
 
     public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {

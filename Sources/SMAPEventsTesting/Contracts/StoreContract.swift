@@ -1,0 +1,265 @@
+public import SMAPEvents
+
+/// What every ``SMAPEvents/ProgressStore`` must do. Each check uses projects of its own.
+public enum StoreContract {
+    /// One promise.
+    public struct Check: Sendable, CustomStringConvertible {
+        /// The promise, as a sentence.
+        public let description: String
+        private let body: @Sendable (any ProgressStore, ProjectID) async throws -> Void
+
+        init(_ description: String, _ body: @escaping @Sendable (any ProgressStore, ProjectID) async throws -> Void) {
+            self.description = description
+            self.body = body
+        }
+
+        /// Runs the check. Throws ``ContractViolation`` when the promise is not kept.
+        public func run(_ store: any ProgressStore) async throws {
+            try await body(store, ProjectID("proj_\(EventID().rawValue)"))
+        }
+    }
+
+    private static func equal(
+        _ update: ProgressUpdate, _ verdict: ProgressUpdate.Verdict, done: Int, errors: Int, line: Int = #line
+    ) throws {
+        try ContractViolation.equal(update.verdict, verdict, "verdict", line: line)
+        try ContractViolation.equal(update.progress.done, done, "done", line: line)
+        try ContractViolation.equal(update.progress.errors, errors, "errors", line: line)
+    }
+
+    private static func pending(_ store: any ProgressStore, _ project: ProjectID) async throws -> PendingFinish? {
+        try await store.pendingFinish(of: project, deadline: .now + .seconds(10))
+    }
+
+    private static func clear(_ store: any ProgressStore, _ finish: PendingFinish) async throws -> Bool {
+        try await store.clear(finish, deadline: .now + .seconds(10))
+    }
+
+    /// All promises.
+    public static let checks: [Check] = [
+        Check("a project starts once, and starting it again changes nothing") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try ContractViolation.require(try await tracker.progress(of: project) == nil, "nothing is there")
+            let started = try await tracker.start(project)
+            try ContractViolation.equal(started.verdict, .started, "verdict")
+            try ContractViolation.equal(started.progress.status, .initializing, "status")
+            try await tracker.expect(5, of: project, batch: "a")
+            let again = try await tracker.start(project)
+            try ContractViolation.equal(again.verdict, .exists, "verdict")
+            try ContractViolation.equal(again.progress.total, 5, "total")
+        },
+        Check("a batch is expected once, and moves the status to crawling") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try ContractViolation.equal(
+                try await tracker.expect(10, of: project, batch: "page-1").verdict, .expected, "first")
+            try ContractViolation.equal(
+                try await tracker.expect(10, of: project, batch: "page-1").verdict, .duplicate, "again")
+            let update = try await tracker.expect(5, of: project, batch: "page-2")
+            try ContractViolation.equal(update.progress.total, 15, "total")
+            try ContractViolation.equal(update.progress.status, .crawling, "status")
+        },
+        Check("a write to a project that is not there is unknownProject, and makes none") { store, project in
+            let tracker = ProgressTracker(store: store)
+            for write in [
+                { _ = try await tracker.advance(project, item: .index(0), outcome: .success) },
+                { _ = try await tracker.expect(1, of: project, batch: "a") },
+                { _ = try await tracker.seal(project, total: 0) },
+                { _ = try await tracker.fail(project) },
+            ] {
+                let error = try await ContractViolation.error(.unknownProject) { try await write() }
+                try ContractViolation.require(error.isRetriable, "a report may have overtaken the start")
+            }
+            try ContractViolation.require(try await tracker.progress(of: project) == nil, "nothing is there")
+        },
+        Check("one item reported a thousand times at once counts once") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            let verdicts = try await withThrowingTaskGroup(of: ProgressUpdate.Verdict.self) { group in
+                for _ in 0..<1_000 {
+                    group.addTask {
+                        try await tracker.advance(project, item: .named("item"), outcome: .success).verdict
+                    }
+                }
+                var counts: [ProgressUpdate.Verdict: Int] = [:]
+                for try await verdict in group { counts[verdict, default: 0] += 1 }
+                return counts
+            }
+            try ContractViolation.equal(verdicts, [.counted: 1, .duplicate: 999], "verdicts")
+            try ContractViolation.equal(try await tracker.progress(of: project)?.done, 1, "done")
+        },
+        Check("a hundred workers race for the last item, and one finishes the project") { store, project in
+            let tracker = ProgressTracker(store: store)
+            for round in 0..<20 {
+                let project = try ProjectID("\(project)_\(round)")
+                try await tracker.start(project)
+                try await tracker.seal(project, total: 100)
+                let finishes = try await withThrowingTaskGroup(of: Bool.self) { group in
+                    for index in 0..<100 {
+                        group.addTask {
+                            try await tracker.advance(project, item: .index(index), outcome: .success).didFinish
+                        }
+                    }
+                    var count = 0
+                    for try await didFinish in group where didFinish { count += 1 }
+                    return count
+                }
+                try ContractViolation.equal(finishes, 1, "finishes in round \(round)")
+            }
+        },
+        Check("a failed item counts in done and errors, and its success later takes one error back") { store, project in
+            let tracker = ProgressTracker(store: store)
+            for (suffix, item) in [("i", ItemReference.index(3)), ("n", .named("x"))] {
+                let project = try ProjectID("\(project)_\(suffix)")
+                try await tracker.start(project)
+                try equal(
+                    try await tracker.advance(project, item: item, outcome: .failure), .counted, done: 1, errors: 1)
+                try equal(
+                    try await tracker.advance(project, item: item, outcome: .failure), .duplicate, done: 1, errors: 1)
+                try equal(
+                    try await tracker.advance(project, item: item, outcome: .success), .reclassified, done: 1,
+                    errors: 0)
+                try equal(
+                    try await tracker.advance(project, item: item, outcome: .failure), .duplicate, done: 1, errors: 0)
+            }
+        },
+        Check("when everything is settled before the seal, the seal finishes") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.expect(3, of: project, batch: "all")
+            for index in 0..<3 {
+                let update = try await tracker.advance(project, item: .index(index), outcome: .success)
+                try ContractViolation.equal(update.verdict, .counted, "verdict")
+            }
+            try ContractViolation.require(try await pending(store, project) == nil, "nothing is pending yet")
+            let sealed = try await tracker.seal(project)
+            try ContractViolation.require(sealed.didFinish, "the seal finished it: \(sealed.verdict)")
+            try ContractViolation.equal(sealed.progress.status, .done, "status")
+        },
+        Check("an empty project finishes when it is sealed, and a project of one item with that item") { store, project in
+            let tracker = ProgressTracker(store: store)
+            let empty = try ProjectID("\(project)_empty")
+            try await tracker.start(empty)
+            let sealed = try await tracker.seal(empty, total: 0)
+            try ContractViolation.require(sealed.didFinish, "empty")
+            try ContractViolation.equal(sealed.progress.percent, 100, "percent")
+            let one = try ProjectID("\(project)_one")
+            try await tracker.start(one)
+            try await tracker.seal(one, total: 1)
+            try ContractViolation.require(
+                try await tracker.advance(one, item: .named("only"), outcome: .failure).didFinish, "one item")
+        },
+        Check("the finish is pending under one id, with its totals frozen, until it is cleared under that id") {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 2)
+            try await tracker.advance(project, item: .index(0), outcome: .failure)
+            let last = try await tracker.advance(project, item: .index(1), outcome: .success)
+            try ContractViolation.require(last.didFinish, "finished")
+            guard let finish = try await pending(store, project) else {
+                throw ContractViolation(description: "no pending finish")
+            }
+            try ContractViolation.equal(last.progress.finishEventID, finish.eventID, "id")
+            let repeated = try await tracker.advance(project, item: .index(1), outcome: .success)
+            try ContractViolation.equal(repeated.verdict, .finishPending, "repeated while pending")
+            try ContractViolation.equal(
+                try await tracker.seal(project, total: 2).verdict, .finishPending, "sealed again while pending")
+            // A correction after the decision changes the hash, not what is announced.
+            try ContractViolation.equal(
+                try await tracker.advance(project, item: .index(0), outcome: .success).verdict, .reclassified, "later")
+            let text = String(decoding: try await pending(store, project)?.data ?? [], as: UTF8.self)
+            try ContractViolation.require(
+                text.hasPrefix("{\"total\":2,\"done\":2,\"errors\":1,\"duration_seconds\":"), "frozen: \(text)")
+
+            let all = try await store.pendingFinishes(limit: 10_000, deadline: .now + .seconds(10))
+            try ContractViolation.equal(all.filter { $0.project == project }.count, 1, "found by a sweep")
+            let stranger = PendingFinish(
+                project: project, eventID: EventID(), data: finish.data, decidedAt: finish.decidedAt)
+            try ContractViolation.equal(try await clear(store, stranger), false, "cleared under another id")
+            try ContractViolation.equal(try await clear(store, finish), true, "cleared")
+            try ContractViolation.equal(try await clear(store, finish), false, "cleared again")
+            try ContractViolation.require(try await pending(store, project) == nil, "nothing is pending any more")
+            try ContractViolation.equal(
+                try await tracker.advance(project, item: .index(1), outcome: .success).verdict, .alreadyFinished,
+                "repeated afterwards")
+            try ContractViolation.equal(try await tracker.seal(project, total: 2).verdict, .duplicate, "sealed again")
+        },
+        Check("beyond the sealed total nothing moves") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 2)
+            try equal(
+                try await tracker.advance(project, item: .index(2), outcome: .success), .unexpectedItem, done: 0,
+                errors: 0)
+            try await tracker.advance(project, item: .index(0), outcome: .success)
+            try await tracker.advance(project, item: .index(1), outcome: .success)
+            try equal(
+                try await tracker.advance(project, item: .index(3), outcome: .failure), .unexpectedItem, done: 2,
+                errors: 0)
+        },
+        Check("after the seal nothing can be expected, and the total can be corrected, but not below done") {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.expect(10, of: project, batch: "a")
+            for index in 0..<3 { try await tracker.advance(project, item: .index(index), outcome: .success) }
+            try await ContractViolation.error(.totalBelowDone) { _ = try await tracker.seal(project, total: 2) }
+            try ContractViolation.equal(try await tracker.progress(of: project)?.isSealed, false, "sealed")
+            try await tracker.seal(project)
+            try await ContractViolation.error(.alreadySealed) {
+                _ = try await tracker.expect(1, of: project, batch: "b")
+            }
+            try ContractViolation.equal(
+                try await tracker.expect(10, of: project, batch: "a").verdict, .duplicate, "a known batch")
+            try ContractViolation.require(
+                try await tracker.seal(project, total: 3).didFinish, "corrected down to done, it finishes")
+            try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.seal(project, total: 4) }
+            try await ContractViolation.error(.alreadyFinished) {
+                _ = try await tracker.expect(1, of: project, batch: "c")
+            }
+        },
+        Check("items are counted by index or by name, never both") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.advance(project, item: .index(0), outcome: .success)
+            try await ContractViolation.error(.itemKindMismatch) {
+                _ = try await tracker.advance(project, item: .named("a"), outcome: .success)
+            }
+            try ContractViolation.equal(try await tracker.progress(of: project)?.done, 1, "done")
+        },
+        Check("an index far out, and names over their limit, are refused") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            for index in [-1, ProgressTracker.maximumIndex + 1, 4_000_000_000] {
+                try await ContractViolation.error(.indexOutOfRange) {
+                    _ = try await tracker.advance(project, item: .index(index), outcome: .success)
+                }
+            }
+            for name in ["", String(repeating: "n", count: 513)] {
+                try await ContractViolation.error(.invalidName) {
+                    _ = try await tracker.advance(project, item: .named(name), outcome: .success)
+                }
+            }
+            try ContractViolation.equal(try await tracker.progress(of: project)?.done, 0, "done")
+        },
+        Check("a failed project counts on and never finishes") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 1)
+            try ContractViolation.equal(try await tracker.fail(project).verdict, .failed, "verdict")
+            try ContractViolation.equal(try await tracker.fail(project).verdict, .failed, "repeated")
+            try equal(
+                try await tracker.advance(project, item: .index(0), outcome: .success), .counted, done: 1, errors: 0)
+            try ContractViolation.equal(try await tracker.progress(of: project)?.status, .failed, "status")
+            try ContractViolation.require(try await pending(store, project) == nil, "nothing is pending")
+            try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.seal(project) }
+        },
+        Check("a finished project cannot fail") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 0)
+            try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.fail(project) }
+        },
+    ]
+}

@@ -1,0 +1,24 @@
+import Configuration
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRabbitMQ
+import SMAPRedis
+
+/// One private RabbitMQ and Redis for all tests of a run that leave them standing. They end with this process.
+enum SharedStack {
+    private static let stack = Task { try await LocalStack.start() }
+
+    static var current: LocalStack {
+        get async throws { try await stack.value }
+    }
+
+    static func transport(_ change: (inout RabbitMQConfiguration) -> Void = { _ in }) async throws -> RabbitMQTransport {
+        var configuration = try RabbitMQConfiguration(url: await current.rabbitMQURL)
+        change(&configuration)
+        return try RabbitMQTransport(configuration: configuration)
+    }
+
+    static func store() async throws -> RedisProgressStore {
+        try RedisProgressStore(configuration: RedisConfiguration(host: "127.0.0.1", port: await current.redisPort))
+    }
+}
