@@ -16,6 +16,7 @@ let histogram = Target.Dependency.product(name: "Histogram", package: "hdrhistog
 let lifecycle = Target.Dependency.product(name: "ServiceLifecycle", package: "swift-service-lifecycle")
 let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
 let metrics = Target.Dependency.product(name: "Metrics", package: "swift-metrics")
+let signals = Target.Dependency.product(name: "UnixSignals", package: "swift-service-lifecycle")
 let subprocess = Target.Dependency.product(name: "Subprocess", package: "swift-subprocess")
 
 let package = Package(
@@ -75,7 +76,7 @@ let package = Package(
             name: "smap-events",
             dependencies: [
                 "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", argumentParser, configuration,
-                lifecycle, logging, subprocess,
+                logging, signals, subprocess,
             ],
             swiftSettings: settings
         ),

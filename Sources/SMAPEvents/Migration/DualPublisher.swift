@@ -39,6 +39,14 @@ public struct DualPublisher: EventPublishing {
         self.logger = logger
     }
 
+    /// Makes sure that the topic exchange exists and, unless the migration is over, the legacy one.
+    public func declareExchanges() async throws {
+        try await topic.declareExchanges()
+        if phase.publishesLegacy {
+            try await transport.declare(.legacyEmail, deadline: .now + configuration.deadline)
+        }
+    }
+
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
         guard phase.publishesLegacy, let mail = event as? EmailVerificationRequested else {

@@ -24,6 +24,13 @@ public struct EventPublisher: EventPublishing {
         self.logger = logger
     }
 
+    /// Makes sure that the exchange exists, as a durable topic exchange. Publishing to one that does not is
+    /// ``EventsError/Code/exchangeNotFound``.
+    public func declareExchanges() async throws {
+        try await transport.declare(
+            ExchangeDeclaration(name: configuration.exchange, kind: .topic), deadline: .now + configuration.deadline)
+    }
+
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
         let eventID = options.eventID ?? EventID()

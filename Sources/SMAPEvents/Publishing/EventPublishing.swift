@@ -1,6 +1,9 @@
 /// Publishes events: ``EventPublisher`` to one exchange, ``DualPublisher`` to two. Code that publishes should ask for
 /// this, so that it does not change when the migration moves on.
 public protocol EventPublishing: Sendable {
+    /// Makes sure that what this publishes to exists. Call it once at start.
+    func declareExchanges() async throws
+
     /// Publishes an event and returns once the broker has confirmed it.
     ///
     /// - Throws: ``EventsError``; ``EventsError/publishOutcome`` says how the publish ended. After

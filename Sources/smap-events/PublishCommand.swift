@@ -1,0 +1,238 @@
+import ArgumentParser
+import Dispatch
+import Foundation
+import SMAPEvents
+import SMAPRabbitMQ
+
+struct PublishCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "publish",
+        abstract: "Publish events and wait for the broker's confirms.",
+        discussion: """
+            One event by its key, or many with --stdin, one JSON object a line:
+              {"routing_key": "order.shipped", "data": {"order_id": "7"}, "project_id": "proj_abc"}
+
+            Each event is reported once, with its outcome:
+              confirmed  the broker has it, and a queue
+              returned   the broker took it, but no queue is bound for its key
+              nacked     the broker refused it
+              rejected   it is not valid; it was never sent
+              unsent     it is valid, and not one byte was written: repeat it
+              unknown    it was sent, and the answer was lost: repeat it with --event-id
+            """)
+
+    @Argument(help: "The routing key, such as email.verification.requested.")
+    var key: String?
+
+    @Option(help: "The event's data, a JSON object.")
+    var data: String = "{}"
+
+    @Option(help: "The project that the event belongs to.")
+    var project: String?
+
+    @Option(help: "The event's id; a new one by default. Repeat an unknown event under its own.")
+    var eventID: String?
+
+    @Flag(help: "Read events from standard input, one JSON object a line.")
+    var stdin = false
+
+    @Flag(help: "Publish to the legacy exchange too, as the migration's phase says (SMAP_MIGRATION_PHASE).")
+    var dual = false
+
+    @Option(help: "How many seconds each event may take.")
+    var deadline: Double = 30
+
+    @Flag(help: "Print JSON lines, on a terminal too.")
+    var json = false
+
+    func validate() throws {
+        guard (key != nil) != stdin else {
+            throw ValidationError("Give either a routing key or --stdin.")
+        }
+        guard !stdin || (project == nil && eventID == nil && data == "{}") else {
+            throw ValidationError("With --stdin, data, project and id stand in the lines.")
+        }
+        guard deadline > 0, deadline <= 86_400 else { throw ValidationError("A deadline is above 0, up to 86400 s.") }
+    }
+
+    private struct Report: Encodable, Sendable {
+        var eventID: String?
+        var routingKey: String?
+        var outcome: PublishOutcome
+        var error: String?
+        var line: Int?
+
+        enum CodingKeys: String, CodingKey {
+            case outcome, error, line
+            case eventID = "event_id"
+            case routingKey = "routing_key"
+        }
+
+        func encode(to encoder: any Encoder) throws {
+            var container = encoder.container(keyedBy: CodingKeys.self)
+            try container.encodeIfPresent(eventID, forKey: .eventID)
+            try container.encodeIfPresent(routingKey, forKey: .routingKey)
+            try container.encode(outcome.rawValue, forKey: .outcome)
+            try container.encodeIfPresent(error, forKey: .error)
+            try container.encodeIfPresent(line, forKey: .line)
+        }
+
+        var text: String {
+            let place = line.map { "line \($0)  " } ?? ""
+            let what = [routingKey, eventID].compactMap(\.self).joined(separator: "  ")
+            return "\(outcome.rawValue.padding(toLength: 9, withPad: " ", startingAt: 0))  \(place)\(what)"
+                + (error.map { what.isEmpty ? $0 : "  \($0)" } ?? "")
+        }
+    }
+
+    func run() async throws {
+        let isComplete = try await publishAll()
+        if !isComplete { throw ExitCode(1) }
+    }
+
+    private func publishAll() async throws -> Bool {
+        var isComplete = true
+        try await Console.reporting {
+            let configuration = try Settings.rabbitMQ()
+            isComplete = try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
+                let settings = Settings.publisher(deadline: seconds(deadline))
+                let publisher: any EventPublishing =
+                    if dual {
+                        DualPublisher(
+                            transport: transport, configuration: settings,
+                            phase: try MigrationPhase(reader: Settings.reader))
+                    } else {
+                        EventPublisher(transport: transport, configuration: settings)
+                    }
+                return try await publish(with: publisher)
+            }
+        }
+        return isComplete
+    }
+
+    private func publish(with publisher: any EventPublishing) async throws -> Bool {
+        // If the exchanges cannot be declared, nothing can be sent: then every event is reported with that error.
+        var obstacle: EventsError?
+        do { try await publisher.declareExchanges() } catch let error as EventsError { obstacle = error }
+        guard stdin else {
+            let report = await single(publisher, obstacle)
+            try show(report)
+            return report.outcome == .confirmed
+        }
+        var isComplete = true
+        try await withThrowingTaskGroup(of: Report.self) { group in
+            var running = 0
+            func finishOne() async throws {
+                guard let report = try await group.next() else { return }
+                running -= 1
+                if report.outcome != .confirmed { isComplete = false }
+                try show(report)
+            }
+            for try await (number, line) in StandardInputLines() {
+                guard !line.allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0D }) else { continue }
+                while running >= 1_000 { try await finishOne() }
+                running += 1
+                group.addTask { [obstacle] in await report(line: line, number: number, publisher, obstacle) }
+            }
+            while running > 0 { try await finishOne() }
+        }
+        return isComplete
+    }
+
+    private func single(_ publisher: any EventPublishing, _ obstacle: EventsError?) async -> Report {
+        do {
+            let event = UntypedEvent(
+                routingKey: try RoutingKey(key ?? ""), data: Array(data.utf8),
+                projectID: try project.map { try ProjectID($0) })
+            let id = try eventID.map { try EventID($0) } ?? EventID()
+            return await publish(event, id, publisher, obstacle, line: nil)
+        } catch {
+            return Report(eventID: eventID, routingKey: key, outcome: .rejected, error: Self.text(of: error))
+        }
+    }
+
+    private func report(
+        line: [UInt8], number: Int, _ publisher: any EventPublishing, _ obstacle: EventsError?
+    ) async -> Report {
+        do {
+            return await publish(try UntypedEvent(parsing: line), EventID(), publisher, obstacle, line: number)
+        } catch {
+            return Report(outcome: .rejected, error: Self.text(of: error), line: number)
+        }
+    }
+
+    private func publish(
+        _ event: UntypedEvent, _ id: EventID, _ publisher: any EventPublishing, _ obstacle: EventsError?, line: Int?
+    ) async -> Report {
+        var report = Report(eventID: id.rawValue, routingKey: event.routingKey.rawValue, outcome: .confirmed)
+        do {
+            if let obstacle { throw obstacle }
+            let receipt = try await publisher.publish(event, options: PublishOptions(eventID: id))
+            if !receipt.routed { report.outcome = .returned }
+        } catch {
+            report.outcome = (error as? EventsError)?.publishOutcome ?? .unknown
+            report.error = Self.text(of: error)
+            if report.outcome == .rejected { report.line = line }
+        }
+        return report
+    }
+
+    private static func text(of error: any Error) -> String {
+        (error as? EventsError)?.message ?? "\(type(of: error))"
+    }
+
+    private func show(_ report: Report) throws {
+        Console.line(json || !Console.isOutputTerminal ? try Console.json(report) : report.text)
+    }
+}
+
+/// The lines of standard input with their numbers, from 1. Read on a thread that may block, one block ahead of whoever
+/// asks: a slow consumer holds back the writer, not memory.
+private struct StandardInputLines: AsyncSequence {
+    typealias Element = (number: Int, line: [UInt8])
+
+    struct Iterator: AsyncIteratorProtocol {
+        private var buffer: [UInt8] = []
+        private var start = 0
+        private var number = 0
+        private var isAtEnd = false
+
+        mutating func next() async throws -> Element? {
+            while true {
+                if let end = buffer[start...].firstIndex(of: 0x0A) {
+                    defer { start = end + 1 }
+                    number += 1
+                    return (number, Array(buffer[start..<end]))
+                }
+                if isAtEnd {
+                    guard start < buffer.count else { return nil }
+                    defer { start = buffer.count }
+                    number += 1
+                    return (number, Array(buffer[start...]))
+                }
+                buffer.removeFirst(start)
+                start = 0
+                let block = await Self.block()
+                isAtEnd = block.isEmpty
+                buffer += block
+                guard buffer.count <= 16 << 20 else {
+                    throw EventsError(
+                        .eventTooLarge, "line \(number + 1) has more than 16 MiB", operation: "read events")
+                }
+            }
+        }
+
+        private static func block() async -> [UInt8] {
+            await withCheckedContinuation { continuation in
+                DispatchQueue.global().async {
+                    var bytes = [UInt8](repeating: 0, count: 64 * 1024)
+                    var count = 0
+                    repeat { count = read(STDIN_FILENO, &bytes, bytes.count) } while count < 0 && errno == EINTR
+                    continuation.resume(returning: Array(bytes.prefix(Swift.max(0, count))))
+                }
+            }
+        }
+    }
+
+    func makeAsyncIterator() -> Iterator { Iterator() }
+}

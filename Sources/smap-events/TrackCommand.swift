@@ -1,0 +1,182 @@
+import ArgumentParser
+import Foundation
+import SMAPEvents
+import SMAPRedis
+
+struct TrackCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "track",
+        abstract: "Read and move the progress of a project.",
+        discussion: "Every command prints the project's progress as a JSON object.",
+        subcommands: [Start.self, Expect.self, Seal.self, Advance.self, Fail.self, Show.self, Watch.self])
+
+    struct Project: ParsableArguments {
+        @Argument(help: "The project's id.")
+        var id: String
+    }
+
+    /// The state as it is printed.
+    struct State: Encodable {
+        var project_id: String
+        var status: String
+        var total: Int
+        var done: Int
+        var errors: Int
+        var percent: Double
+        var verdict: String?
+        var finish_event_id: String?
+
+        init(_ progress: ProjectProgress, verdict: ProgressUpdate.Verdict? = nil) {
+            project_id = progress.project.rawValue
+            status = progress.status.rawValue
+            total = progress.total
+            done = progress.done
+            errors = progress.errors
+            percent = (progress.percent * 100).rounded() / 100
+            self.verdict = verdict?.description
+            finish_event_id = progress.finishEventID?.rawValue
+        }
+    }
+
+    /// Runs one operation and prints the state after it.
+    static func update(
+        _ project: Project, _ operation: @Sendable (ProgressTracker, ProjectID) async throws -> ProgressUpdate
+    ) async throws {
+        try await Console.reporting {
+            let id = try ProjectID(project.id)
+            let update = try await RedisProgressStore.withStore(configuration: Settings.redis()) { store in
+                try await operation(ProgressTracker(store: store), id)
+            }
+            Console.line(try Console.json(State(update.progress, verdict: update.verdict)))
+        }
+    }
+
+    struct Start: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Start a project; on one that exists, change nothing.")
+        @OptionGroup var project: Project
+
+        func run() async throws {
+            try await update(project) { try await $0.start($1) }
+        }
+    }
+
+    struct Expect: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Add items to a project's total, once per batch.")
+        @OptionGroup var project: Project
+        @Argument(help: "How many items.") var count: Int
+        @Option(help: "The batch's key; repeated, it changes nothing.") var batch: String
+
+        func run() async throws {
+            try await update(project) { try await $0.expect(count, of: $1, batch: batch) }
+        }
+    }
+
+    struct Seal: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Make a project's total final; with everything settled, finish it.")
+        @OptionGroup var project: Project
+        @Option(help: "The final total; without it, what was expected.") var total: Int?
+
+        func run() async throws {
+            try await update(project) { try await $0.seal($1, total: total) }
+        }
+    }
+
+    struct Advance: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Report how an item ended. It counts once.")
+        @OptionGroup var project: Project
+        @Option(help: "The item, by position from 0.") var index: Int?
+        @Option(help: "The item, by name.") var item: String?
+        @Flag(help: "The item failed.") var failed = false
+
+        func validate() throws {
+            guard (index == nil) != (item == nil) else { throw ValidationError("Give either --index or --item.") }
+        }
+
+        func run() async throws {
+            let reference = index.map { ItemReference.index($0) } ?? .named(item ?? "")
+            try await update(project) {
+                try await $0.advance($1, item: reference, outcome: failed ? .failure : .success)
+            }
+        }
+    }
+
+    struct Fail: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Mark a project as failed.")
+        @OptionGroup var project: Project
+
+        func run() async throws {
+            try await update(project) { try await $0.fail($1) }
+        }
+    }
+
+    struct Show: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Print a project's progress.")
+        @OptionGroup var project: Project
+
+        func run() async throws {
+            try await Console.reporting {
+                let id = try ProjectID(project.id)
+                let progress = try await RedisProgressStore.withStore(configuration: Settings.redis()) { store in
+                    try await ProgressTracker(store: store).progress(of: id)
+                }
+                guard let progress else { throw TrackCommand.unknown(id, "show") }
+                Console.line(try Console.json(State(progress)))
+            }
+        }
+    }
+
+    struct Watch: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Follow a project until it is done or failed.",
+            discussion: "Exits with 0 when it is done, and with 1 when it has failed or the time is up.")
+        @OptionGroup var project: Project
+        @Option(help: "Seconds between two looks.") var interval: Double = 0.5
+        @Option(help: "Give up after so many seconds.") var timeout: Double?
+        @Flag(help: "Print a JSON line at each change instead of a bar.") var json = false
+
+        func validate() throws {
+            guard interval >= 0.01, interval <= 3600 else { throw ValidationError("--interval is 0.01 to 3600 s.") }
+        }
+
+        func run() async throws {
+            try await Console.reporting {
+                let id = try ProjectID(project.id)
+                let last = try await RedisProgressStore.withStore(configuration: Settings.redis()) { store in
+                    try await follow(id, ProgressTracker(store: store))
+                }
+                if last.status != .done { throw ExitCode(1) }
+            }
+        }
+
+        private func follow(_ id: ProjectID, _ tracker: ProgressTracker) async throws -> ProjectProgress {
+            let end = timeout.map { ContinuousClock.now + seconds($0) }
+            let isBar = !json && Console.isErrorTerminal
+            var last: ProjectProgress?
+            while true {
+                guard let progress = try await tracker.progress(of: id) else { throw TrackCommand.unknown(id, "watch") }
+                if isBar {
+                    let bar = ProgressBar(label: progress.status.rawValue, done: progress.done, total: progress.total)
+                    ProgressBar.draw([bar], over: last == nil ? 0 : 1)
+                } else if progress != last {
+                    Console.line(try Console.json(State(progress)))
+                }
+                last = progress
+                if progress.isOver {
+                    if isBar { Console.line(try Console.json(State(progress))) }
+                    return progress
+                }
+                if let end, ContinuousClock.now >= end {
+                    throw EventsError(.deadlineExceeded, "not over yet: \(progress.status)", operation: "watch \(id)")
+                }
+                // The interval between two looks is what was asked for.
+                try await Task.sleep(for: seconds(interval))
+            }
+        }
+    }
+
+    static func unknown(_ project: ProjectID, _ operation: String) -> EventsError {
+        EventsError(.unknownProject, "no progress is kept for this project", operation: "\(operation) \(project)")
+    }
+}
