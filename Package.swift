@@ -84,7 +84,7 @@ let package = Package(
             name: "smap-events-bench",
             dependencies: [
                 "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "CRabbitMQ", "CHiredis",
-                argumentParser, histogram, logging,
+                argumentParser, configuration, histogram,
             ],
             swiftSettings: settings
         ),

@@ -66,22 +66,24 @@ package final class Watchdog: Sendable {
     private func run(_ wakeup: Wakeup) {
         while true {
             wakeup.drain()
-            // Until the targets have been asked, any new deadline counts as earlier than ours: it signals.
-            sleepingUntil.store(.max, ordering: .sequentiallyConsistent)
-            let targets = state.withLock { state in
-                state.targets = state.targets.filter { $0.value.target != nil }
-                return state.targets.values.compactMap(\.target)
-            }
-            var next = MonotonicTime.distantFuture
-            for target in targets {
-                if let time = target.check(now: .now) { next = min(next, time) }
-            }
-            // Only ever lowered: a caller may have stored an earlier time in between, and has signalled.
+            // While the targets are asked nobody needs to signal...
+            sleepingUntil.store(0, ordering: .sequentiallyConsistent)
+            var next = earliestOfTargets()
+            sleepingUntil.store(next.nanoseconds, ordering: .sequentiallyConsistent)
+            // ...so they are asked once more: what was stored meanwhile is found now, what comes later signals.
+            next = min(next, earliestOfTargets())
             _ = sleepingUntil.min(next.nanoseconds, ordering: .sequentiallyConsistent)
-            let now = MonotonicTime.now
-            let timeout: Int32 = next == .distantFuture ? -1 : now.pollTimeout(until: next)
+            let timeout: Int32 = next == .distantFuture ? -1 : MonotonicTime.now.pollTimeout(until: next)
             var entry = pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0)
             _ = poll(&entry, 1, timeout)
         }
+    }
+
+    private func earliestOfTargets() -> MonotonicTime {
+        let targets = state.withLock { state in
+            state.targets = state.targets.filter { $0.value.target != nil }
+            return state.targets.values.compactMap(\.target)
+        }
+        return targets.compactMap { $0.check(now: .now) }.min() ?? .distantFuture
     }
 }

@@ -27,7 +27,10 @@ final class AMQPDriver: ConnectionDriver {
     private static let firstConsumerChannel: amqp_channel_t = 3
     private static let lastChannel: amqp_channel_t = 2_047
     private static let frameSize: Int32 = 131_072
-    /// So many messages are written before confirms are read again.
+    /// How long confirms and new messages may pile up while many are in flight, in microseconds: the broker has enough to
+    /// do meanwhile, and each round then handles dozens.
+    private static let pause: UInt32 = 500
+    /// So many bytes are written before confirms are read again.
     private static let batchLimit = 256 * 1024
 
     let descriptor: Int32
@@ -136,19 +139,20 @@ final class AMQPDriver: ConnectionDriver {
     func round(now: MonotonicTime) throws -> Interest {
         // First of all, also because a publish must not find the receive heartbeat overdue: it would then wait for a
         // frame without end (rabbitmq-c #780).
-        var isMoreToRead = try readFrames()
+        let isMoreToRead = try readFrames()
         for call in connection.takeCalls() { try begin(call) }
         try sendSettlements()
         let publishDelay = try writePublishes()
-        // A publish may have read frames into the library's own queue, where poll does not see them.
-        if publishDelay != nil || isMoreToRead { isMoreToRead = try readFrames() }
 
         var timer: MonotonicTime?
         // The library sends and checks heartbeats only when it is called.
         if heartbeat > 0 { timer = now.advanced(by: .milliseconds(heartbeat * 500)) }
+        // After a batch at once: a publish may have read frames into the library's own queue, where poll does not see
+        // them.
         if let publishDelay { timer = min(timer ?? .distantFuture, now.advanced(by: publishDelay)) }
         if isMoreToRead { timer = now }
-        return Interest(timer: timer)
+        let isBusy = connection.withWindow { $0.isBusy }
+        return Interest(timer: timer, pause: isBusy ? Self.pause : 0)
     }
 
     func finish(_ error: (any Error)?) {

@@ -10,24 +10,26 @@ internal import SMAPEvents
 ///
 /// librabbitmq reports an encoding error only after the method frame is out, and the connection is then lost: that is
 /// why everything is checked here, before.
-struct PackedMessage: Sendable {
+///
+/// A class, so that it moves through queues as one reference.
+final class PackedMessage: Sendable {
     enum Value: Sendable {
         case string(Range<Int>)
         case integer(Int64)
         case boolean(Bool)
     }
 
-    private(set) var bytes: [UInt8]
-    private(set) var exchange: Range<Int>
-    private(set) var routingKey: Range<Int>
-    private(set) var contentType: Range<Int>?
-    private(set) var messageID: Range<Int>?
-    private(set) var type: Range<Int>?
-    private(set) var appID: Range<Int>?
-    private(set) var correlationID: Range<Int>?
-    private(set) var headers: [(name: Range<Int>, value: Value)] = []
-    private(set) var timestamp: UInt64?
-    private(set) var body: Range<Int>
+    let bytes: [UInt8]
+    let exchange: Range<Int>
+    let routingKey: Range<Int>
+    let contentType: Range<Int>?
+    let messageID: Range<Int>?
+    let type: Range<Int>?
+    let appID: Range<Int>?
+    let correlationID: Range<Int>?
+    let headers: [(name: Range<Int>, value: Value)]
+    let timestamp: UInt64?
+    let body: Range<Int>
 
     /// Throws `invalidEvent` or `eventTooLarge`, naming the field.
     init(_ message: OutboundMessage) throws {
@@ -49,12 +51,12 @@ struct PackedMessage: Sendable {
         appID = properties.appID.map(append)
         correlationID = properties.correlationID.map(append)
         timestamp = properties.timestamp.map { UInt64(max(0, $0.timeIntervalSince1970)) }
-        for (name, value) in properties.headers {
+        headers = properties.headers.map { name, value in
             let name = append(name)
             switch value {
-            case .string(let text): headers.append((name, .string(append(text))))
-            case .integer(let number): headers.append((name, .integer(number)))
-            case .boolean(let flag): headers.append((name, .boolean(flag)))
+            case .string(let text): return (name, .string(append(text)))
+            case .integer(let number): return (name, .integer(number))
+            case .boolean(let flag): return (name, .boolean(flag))
             }
         }
         let start = bytes.count

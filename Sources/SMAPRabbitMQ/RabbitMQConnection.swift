@@ -29,6 +29,8 @@ final class RabbitMQConnection: Sendable {
     private let mailbox = Mailbox<RemoteCall>(capacity: 1024)
     private let window: Mutex<PublishWindow>
     private let shared: Mutex<Shared>
+    /// Whether the login is done. Stays true when the connection has ended: then the window refuses.
+    private let isOpen = Atomic<Bool>(false)
     // Set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
 
@@ -68,7 +70,6 @@ final class RabbitMQConnection: Sendable {
 
     /// Returns once the connection is open; throws why it is not.
     func ready(deadline: ContinuousClock.Instant) async throws {
-        if shared.withLock({ if case .open = $0.status { true } else { false } }) { return }
         let id = shared.withLock { state in
             state.lastID += 1
             return state.lastID
@@ -106,6 +107,7 @@ final class RabbitMQConnection: Sendable {
             state.status = .open
             return Array(waiting.values)
         }
+        isOpen.store(true, ordering: .releasing)
         for entry in waiting { entry.continuation.resume() }
     }
 
@@ -210,9 +212,10 @@ final class RabbitMQConnection: Sendable {
     // MARK: Publishing
 
     func publish(deadline: ContinuousClock.Instant, _ message: () throws -> OutboundMessage) async throws -> Bool {
-        try await ready(deadline: deadline)
         let limit = MonotonicTime(deadline)
-        try await admit(limit)
+        // Mostly the connection is open and there is room: neither costs a suspension then.
+        if !isOpen.load(ordering: .acquiring) { try await ready(deadline: deadline) }
+        if try !window.withLock({ try $0.tryAdmit() }) { try await waitForRoom(limit) }
         let packed: PackedMessage
         do {
             packed = try PackedMessage(message())
@@ -223,24 +226,25 @@ final class RabbitMQConnection: Sendable {
         let id = window.withLock { $0.nextID() }
         return try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { continuation in
-                window.withLock { window in
+                let (answers, needsWake) = window.withLock { window in
                     if Task.isCancelled {
                         var answers = window.release()
                         answers.publishes.append((continuation, .failure(CancellationError())))
-                        return answers
+                        return (answers, false)
                     }
-                    return window.submit(id, packed, deadline: limit, continuation)
-                }.give()
+                    let answers = window.submit(id, packed, deadline: limit, continuation)
+                    return (answers, window.needsWake)
+                }
+                answers.give()
                 Watchdog.shared.look(by: limit)
-                wake()
+                if needsWake { wake() }
             }
         } onCancel: {
             window.withLock { $0.cancel(id) }.give()
         }
     }
 
-    private func admit(_ limit: MonotonicTime) async throws {
-        if try window.withLock({ try $0.tryAdmit() }) { return }
+    private func waitForRoom(_ limit: MonotonicTime) async throws {
         let id = window.withLock { $0.nextID() }
         Watchdog.shared.look(by: limit)
         try await withTaskCancellationHandler {

@@ -150,7 +150,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// The keys of a project, in the order of the scripts: hash, items that succeeded, items that failed, batches, pending
     /// finish, index. All but the first and the last carry the whole main key as their hash tag.
-    static func keys(_ project: ProjectID) -> [String] {
+    package static func keys(_ project: ProjectID) -> [String] {
         let main = "smap:proj:\(project.rawValue)"
         return [main, "{\(main)}:ok", "{\(main)}:err", "{\(main)}:batches", "{\(main)}:finish", index]
     }

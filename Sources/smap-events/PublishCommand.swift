@@ -178,7 +178,9 @@ struct PublishCommand: AsyncParsableCommand {
     }
 
     private static func text(of error: any Error) -> String {
-        (error as? EventsError)?.message ?? "\(type(of: error))"
+        guard let error = error as? EventsError else { return "\(type(of: error))" }
+        // Where a connection failed says more than that publishing did.
+        return error.operation.hasPrefix("connect") ? "\(error.operation): \(error.message)" : error.message
     }
 
     private func show(_ report: Report) throws {

@@ -315,6 +315,12 @@ extension [UInt8] {
     /// Appends a string as a JSON string, quotes included.
     mutating func append(json text: String) {
         append(UInt8(ascii: "\""))
+        defer { append(UInt8(ascii: "\"")) }
+        // Ids and names need no escapes: one look, one copy.
+        if text.utf8.allBytes({ $0 >= 0x20 && $0 != UInt8(ascii: "\"") && $0 != UInt8(ascii: "\\") }) {
+            append(contentsOf: text.utf8)
+            return
+        }
         for byte in text.utf8 {
             switch byte {
             case UInt8(ascii: "\""), UInt8(ascii: "\\"):
@@ -329,10 +335,20 @@ extension [UInt8] {
             default: append(byte)
             }
         }
-        append(UInt8(ascii: "\""))
     }
 
     mutating func append(literal: StaticString) {
         literal.withUTF8Buffer { append(contentsOf: $0) }
+    }
+}
+
+extension String.UTF8View {
+    /// As `allSatisfy`, over the contiguous bytes where there are any: several times as fast.
+    func allBytes(_ condition: (UInt8) -> Bool) -> Bool {
+        let contiguous = withContiguousStorageIfAvailable { bytes in
+            for byte in bytes where !condition(byte) { return false }
+            return true
+        }
+        return contiguous ?? allSatisfy(condition)
     }
 }

@@ -22,10 +22,14 @@ public struct RoutingKey: Sendable, Hashable, CustomStringConvertible, Expressib
     }
 
     /// The first word: `email` of `email.verification.requested`.
-    public var domain: Substring { rawValue.prefix { $0 != "." } }
+    public var domain: Substring { rawValue[..<firstDot] }
 
     /// What follows the first word: `verification.requested` of `email.verification.requested`.
-    public var action: Substring { rawValue.drop { $0 != "." }.dropFirst() }
+    public var action: Substring { rawValue[rawValue.utf8.index(after: firstDot)...] }
+
+    private var firstDot: String.Index {
+        rawValue.utf8.firstIndex(of: UInt8(ascii: ".")) ?? rawValue.startIndex
+    }
 
     /// The key as it goes over the wire.
     public var description: String { rawValue }

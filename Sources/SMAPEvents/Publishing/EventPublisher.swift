@@ -9,7 +9,7 @@ public import Logging
 ///
 /// Invariant (P1, P2): a receipt is returned only after the broker's confirm, and every call ends by its deadline as
 /// just one ``PublishOutcome``. All checks come before the first byte is sent.
-public struct EventPublisher: EventPublishing {
+public final class EventPublisher: EventPublishing {
     private let transport: any EventTransport
     private let configuration: PublisherConfiguration
     private let logger: Logger

@@ -29,7 +29,7 @@ public struct OutboundMessage: Sendable, Hashable {
             guard text.utf8.count <= limit else {
                 throw EventsError(.eventTooLarge, "\(field()) has more than \(limit) bytes", operation: "publish")
             }
-            guard text.utf8.allSatisfy({ $0 >= 0x20 && $0 != 0x7F }) else {
+            guard text.utf8.allBytes({ $0 >= 0x20 && $0 != 0x7F }) else {
                 throw EventsError(.invalidEvent, "\(field()) has a control character", operation: "publish")
             }
         }

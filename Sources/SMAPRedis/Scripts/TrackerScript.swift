@@ -3,9 +3,9 @@
 /// All scripts take the same keys, the family of one project and the index of pending finishes, and answer with the
 /// verdict and the progress after it. Everything is read and checked before the first write, since scripts have no
 /// rollback. They begin with `#!lua`, so that they are refused as a whole when memory is out (Redis 7).
-struct TrackerScript: Sendable {
-    let name: String
-    let source: String
+package struct TrackerScript: Sendable {
+    package let name: String
+    package let source: String
 
     /// - Parameter flags: `no-writes` for what only reads, `allow-oom` for what gives memory back.
     init(_ name: String, flags: String = "", _ body: String) {
@@ -142,7 +142,7 @@ struct TrackerScript: Sendable {
         """)
 
     /// ARGV: time to live, finish event id, project, kind (`i` or `n`), item, outcome (`s` or `f`).
-    static let advance = TrackerScript(
+    package static let advance = TrackerScript(
         "advance",
         """
         if missing then return reply('unknownProject') end

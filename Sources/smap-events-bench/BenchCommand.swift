@@ -1,0 +1,113 @@
+import ArgumentParser
+import Configuration
+import Foundation
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRabbitMQ
+import SMAPRedis
+
+@main
+struct BenchCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "smap-events-bench",
+        abstract: "Measure the SDK, and with --raw the bare C loop beside it.",
+        discussion: """
+            Absolute figures move with the machine; the ratio to the raw C loop in the same run does not, nor does the \
+            CPU time per message. Build it with -c release. It starts private servers, unless RABBITMQ_URL \
+            (REDIS_HOST for 'track') names others.
+            """,
+        subcommands: [Publish.self, Consume.self, Track.self])
+
+    struct Options: ParsableArguments {
+        @Option(help: "Messages (or items) per run.")
+        var messages = 100_000
+
+        @Option(help: "Bytes of a serialised event.")
+        var size = 300
+
+        @Option(help: "How many may be unconfirmed, unsettled or unanswered at a time.")
+        var window = 1_000
+
+        @Option(help: "How many tasks publish, handle or report.")
+        var tasks = 100
+
+        @Flag(help: "Measure the bare C loop too: raw, typed, raw, five times, and the median ratio.")
+        var raw = false
+
+        @Flag(help: "Print JSON lines.")
+        var json = false
+
+        func validate() throws {
+            guard messages > 0, window > 0, window <= 65_535, tasks > 0, (250...200_000).contains(size) else {
+                throw ValidationError(
+                    "messages and tasks are above 0, window is 1 to 65535, and size is 250 to 200000 bytes.")
+            }
+        }
+    }
+
+    struct Publish: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Publish with confirms to a quorum queue.")
+        @OptionGroup var options: Options
+
+        func run() async throws {
+            try await BenchCommand.withRabbitMQ { configuration in
+                let bench = try await RabbitMQBench(configuration, options)
+                try await bench.prepare("publish")
+                try await compare(options, "publish", typed: bench.publishTyped, raw: bench.publishRaw)
+                await bench.close()
+            }
+        }
+    }
+
+    struct Consume: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Decode, handle and acknowledge from a quorum queue that is full at the start.")
+        @OptionGroup var options: Options
+
+        func run() async throws {
+            try await BenchCommand.withRabbitMQ { configuration in
+                let bench = try await RabbitMQBench(configuration, options)
+                try await compare(options, "consume", typed: bench.consumeTyped, raw: bench.consumeRaw)
+                await bench.close()
+            }
+        }
+    }
+
+    struct Track: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Report indexed items of one project.")
+        @OptionGroup var options: Options
+
+        func run() async throws {
+            if ProcessInfo.processInfo.environment["REDIS_HOST"] != nil {
+                try await measure(RedisConfiguration(reader: BenchCommand.reader))
+            } else {
+                var servers = LocalStack.Options()
+                servers.rabbitMQ = false
+                try await LocalStack.withStack(servers) { stack in
+                    try await measure(RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
+                }
+            }
+        }
+
+        private func measure(_ configuration: RedisConfiguration) async throws {
+            let bench = try RedisBench(configuration, options)
+            try await compare(options, "track", typed: bench.typed, raw: bench.raw)
+            await bench.close()
+        }
+    }
+
+    static let reader = ConfigReader(provider: EnvironmentVariablesProvider())
+
+    static func withRabbitMQ(_ body: (RabbitMQConfiguration) async throws -> Void) async throws {
+        if ProcessInfo.processInfo.environment["RABBITMQ_URL"] != nil {
+            try await body(RabbitMQConfiguration(reader: reader))
+        } else {
+            var servers = LocalStack.Options()
+            servers.redis = false
+            try await LocalStack.withStack(servers) { stack in
+                try await body(RabbitMQConfiguration(url: stack.rabbitMQURL))
+            }
+        }
+    }
+}
+
