@@ -14,6 +14,7 @@ let configuration = Target.Dependency.product(name: "Configuration", package: "s
 let deque = Target.Dependency.product(name: "DequeModule", package: "swift-collections")
 let histogram = Target.Dependency.product(name: "Histogram", package: "hdrhistogram-swift")
 let lifecycle = Target.Dependency.product(name: "ServiceLifecycle", package: "swift-service-lifecycle")
+let lifecycleTestKit = Target.Dependency.product(name: "ServiceLifecycleTestKit", package: "swift-service-lifecycle")
 let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
 let metrics = Target.Dependency.product(name: "Metrics", package: "swift-metrics")
 let signals = Target.Dependency.product(name: "UnixSignals", package: "swift-service-lifecycle")
@@ -96,24 +97,24 @@ let package = Package(
         ),
         .testTarget(
             name: "SMAPEventsTests",
-            dependencies: ["SMAPEvents", "SMAPEventsTesting", configuration, lifecycle, logging],
+            dependencies: ["SMAPEvents", "SMAPEventsTesting", configuration, lifecycle, lifecycleTestKit],
             resources: [.copy("Fixtures")],
             swiftSettings: settings
         ),
         .testTarget(
             name: "SMAPRabbitMQTests",
-            dependencies: ["SMAPRabbitMQ", "SMAPEvents", configuration],
+            dependencies: ["SMAPRabbitMQ", "SMAPEvents", "ConnectionThread", configuration],
             swiftSettings: settings
         ),
         .testTarget(
             name: "SMAPRedisTests",
-            dependencies: ["SMAPRedis", "SMAPEvents", configuration],
+            dependencies: ["SMAPRedis", "SMAPEvents", "ConnectionThread", configuration],
             swiftSettings: settings
         ),
         .testTarget(
             name: "IntegrationTests",
             dependencies: [
-                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", lifecycle, logging,
+                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", configuration,
                 subprocess,
             ],
             resources: [.copy("Python")],

@@ -147,8 +147,9 @@ package final class ConnectionThread: WatchdogTarget {
         // the next.
         if hasComeRound.exchange(false, ordering: .relaxed) { next = min(next, now.advanced(by: stallLimit)) }
         if now.nanoseconds >= end {
-            severSocket()
+            // First the callers, with the reason; the thread itself, once it is free, would find a less telling one.
             onStall()
+            severSocket()
             // If that did not free it, look again; callers have been answered.
             next = now.advanced(by: .seconds(1))
         }

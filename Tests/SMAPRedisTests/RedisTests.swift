@@ -1,0 +1,114 @@
+import Configuration
+import ConnectionThread
+import SMAPEvents
+import Synchronization
+import Testing
+
+@testable import SMAPRedis
+
+@Suite struct RedisTests {
+    @Test func `commands are written in RESP, any bytes included`() {
+        let bytes = RedisCommand(["SET", "k\r\n", "", "ü"]).bytes
+        #expect(
+            String(decoding: bytes, as: UTF8.self)
+                == "*4\r\n$3\r\nSET\r\n$3\r\nk\r\n\r\n$0\r\n\r\n$2\r\nü\r\n")
+    }
+
+    @Test(arguments: [
+        ("LOADING Redis is loading", EventsError.Code.storeUnavailable), ("BUSY", .storeUnavailable),
+        ("MASTERDOWN x", .storeUnavailable), ("READONLY You can't", .storeUnavailable), ("OOM command", .storeFull),
+        ("MISCONF x", .storeFull), ("NOAUTH x", .accessRefused), ("WRONGPASS x", .accessRefused),
+        ("NOPERM x", .accessRefused), ("WRONGTYPE x", .corruptProgress), ("MOVED 1 h:1", .invalidConfiguration),
+        ("ERR x", .protocolViolation),
+    ])
+    func `each class of error replies means what it should`(reply: String, code: EventsError.Code) {
+        #expect(RedisFailure.error(reply, operation: "test").code == code)
+    }
+
+    @Test func `replies are matched by position, also past commands nobody waits for`() async throws {
+        let answers = await withTaskGroup(of: String.self) { group in
+            let bench = PipelineBench()
+            for id in 1...3 {
+                group.addTask { await bench.send(UInt64(id), isSubmitted: id) }
+                await bench.untilSubmitted(id)
+            }
+            bench.take()
+            bench.cancel(2)
+            bench.reply([.integer(1), .integer(2), .integer(3)])
+            var all: [String] = []
+            for await answer in group { all.append(answer) }
+            return all.sorted()
+        }
+        #expect(answers == ["1: integer(1)", "2: cancelled", "3: integer(3)"])
+    }
+
+    @Test func `settings come from the environment, and a description holds no password`() throws {
+        let reader = ConfigReader(
+            provider: EnvironmentVariablesProvider(environmentVariables: [
+                "REDIS_HOST": "h", "REDIS_PORT": "1234", "REDIS_PASSWORD": "s3cret", "REDIS_STATE_DB": "3",
+            ]))
+        let configuration = try RedisConfiguration(reader: reader)
+        #expect("\(configuration)" == "h:1234/3")
+        #expect(configuration.password == "s3cret")
+        #expect(try RedisConfiguration(reader: ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: [:]))).database == 1)
+    }
+
+    @Test(arguments: [["REDIS_PORT": "x"], ["REDIS_PORT": "70000"], ["REDIS_STATE_DB": "-1"]])
+    func `a wrong setting is refused by its name`(variables: [String: String]) {
+        let reader = ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: variables))
+        let error = #expect(throws: EventsError.self) { try RedisConfiguration(reader: reader) }
+        #expect(error?.message.contains(variables.keys.first ?? "?") == true)
+    }
+
+    @Test func `a server that is not there is refused in time, naming host and port`() async throws {
+        let store = try RedisProgressStore(
+            configuration: RedisConfiguration(host: "127.0.0.1", port: 1, password: "s3cret"))
+        let tracker = ProgressTracker(store: store)
+        let project = try ProjectID("p")
+        let error = await #expect(throws: EventsError.self) { try await tracker.start(project) }
+        #expect(error?.code == .connectionFailed)
+        #expect(error?.description.contains("127.0.0.1:1") == true)
+        #expect(error?.description.contains("s3cret") == false)
+    }
+}
+
+
+private final class PipelineBench: Sendable {
+    private let pipeline = Mutex(RedisPipeline(limit: 10))
+    private let submitted = Mutex(0)
+
+    func send(_ id: UInt64, isSubmitted number: Int) async -> String {
+        do {
+            let reply = try await withCheckedThrowingContinuation { continuation in
+                pipeline.withLock {
+                    $0.submit(id, RedisCommand(["PING"]), deadline: .distantFuture, continuation)
+                }.give()
+                submitted.withLock { $0 = number }
+            }
+            return "\(id): \(reply)"
+        } catch {
+            return "\(id): cancelled"
+        }
+    }
+
+    func untilSubmitted(_ number: Int) async {
+        while submitted.withLock({ $0 }) < number { await Task.yield() }
+    }
+
+    func take() {
+        pipeline.withLock { pipeline in
+            var buffer: [UInt8] = []
+            pipeline.takeUnsent(into: &buffer)
+        }
+    }
+
+    func cancel(_ id: UInt64) { pipeline.withLock { $0.cancel(id) }.give() }
+
+    func reply(_ replies: [RedisReply]) {
+        pipeline.withLock { pipeline in
+            var answers = RedisPipeline.Answers()
+            _ = pipeline.replied(replies, &answers)
+            return answers
+        }.give()
+    }
+}
