@@ -31,7 +31,8 @@ package struct MonotonicTime: Sendable, Hashable, Comparable {
     package func advanced(by duration: Duration) -> MonotonicTime {
         let (seconds, attoseconds) = duration.components
         guard seconds >= 0 else { return self }
-        let step = seconds > 1 << 33 ? UInt64.max : UInt64(seconds) * 1_000_000_000 + UInt64(attoseconds / 1_000_000_000)
+        let step =
+            seconds > 1 << 33 ? UInt64.max : UInt64(seconds) * 1_000_000_000 + UInt64(attoseconds / 1_000_000_000)
         let (sum, overflow) = nanoseconds.addingReportingOverflow(step)
         return overflow ? .distantFuture : MonotonicTime(nanoseconds: sum)
     }

@@ -137,13 +137,15 @@ func startThread(name: String, stackSize: Int, _ body: @escaping @Sendable () ->
     let start = Unmanaged.passRetained(Start(name: String(name.prefix(15)), body: body))
     #if canImport(Darwin)
     var thread: pthread_t?
-    let code = pthread_create(&thread, &attributes, { argument in
-        let start = Unmanaged<Start>.fromOpaque(argument).takeRetainedValue()
-        pthread_setname_np(start.name)
-        blockSignals()
-        start.body()
-        return nil
-    }, start.toOpaque())
+    let code = pthread_create(
+        &thread, &attributes,
+        { argument in
+            let start = Unmanaged<Start>.fromOpaque(argument).takeRetainedValue()
+            pthread_setname_np(start.name)
+            blockSignals()
+            start.body()
+            return nil
+        }, start.toOpaque())
     #else
     var thread = pthread_t()
     let code = pthread_create(

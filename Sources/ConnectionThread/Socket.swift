@@ -73,7 +73,9 @@ package enum Socket {
         }
     }
 
-    private static func connect(to address: Resolver.Address, name: String, deadline: MonotonicTime)
+    private static func connect(
+        to address: Resolver.Address, name: String, deadline: MonotonicTime
+    )
         throws(SocketError) -> Int32
     {
         let descriptor = socket(address.family, streamSocket, 0)

@@ -83,7 +83,9 @@ final class AMQPDriver: ConnectionDriver {
         connection.opened()
     }
 
-    private static func logIn(_ handle: amqp_connection_state_t, _ configuration: RabbitMQConfiguration, name: String)
+    private static func logIn(
+        _ handle: amqp_connection_state_t, _ configuration: RabbitMQConfiguration, name: String
+    )
         throws
     {
         let arena = CArena()
@@ -321,7 +323,8 @@ final class AMQPDriver: ConnectionDriver {
         case .publishing:
             channel.closed(error, keepSteps: false)
             // "NOT_FOUND - no exchange 'x' in vhost '/'", "ACCESS_REFUSED - access to exchange 'x' in vhost …".
-            let exchange = text.split(separator: "'", omittingEmptySubsequences: false).dropFirst().first.map(String.init)
+            let exchange = text.split(separator: "'", omittingEmptySubsequences: false).dropFirst().first.map(
+                String.init)
             connection.answer { $0.channelClosed(text, refused: exchange.map { ($0, error.code) }) }
             try open(channel)
         case .consuming(let consumer):
@@ -445,7 +448,9 @@ final class AMQPDriver: ConnectionDriver {
         try Self.check(status, "publishing")
     }
 
-    private func send<Method: BitwiseCopyable>(_ channel: AMQPChannel, _ id: amqp_method_number_t, _ method: inout Method) throws {
+    private func send<Method: BitwiseCopyable>(
+        _ channel: AMQPChannel, _ id: amqp_method_number_t, _ method: inout Method
+    ) throws {
         try Self.check(amqp_send_method(handle, channel.number, id, &method), "sending")
     }
 

@@ -1,9 +1,10 @@
+internal import SMAPEvents
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-internal import SMAPEvents
 
 /// A message checked and laid out for the wire: all its text in one block of bytes, so that the connection thread hands
 /// pointers into it to the C library, and neither converts strings nor finds out too late that one is too long.

@@ -163,7 +163,9 @@ final class RabbitMQConnection: Sendable {
 
     // MARK: Calls
 
-    func call(_ request: RemoteCall.Request, _ operation: String, deadline: ContinuousClock.Instant) async throws
+    func call(
+        _ request: RemoteCall.Request, _ operation: String, deadline: ContinuousClock.Instant
+    ) async throws
         -> RemoteCall.Reply
     {
         try await ready(deadline: deadline)

@@ -95,11 +95,13 @@ public final class RabbitMQTransport: EventTransport, Service {
 
     // MARK: EventTransport
 
+    /// See ``SMAPEvents/EventTransport``.
     public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
         _ = try await connection(publishing, name: "publish")
             .call(.declareExchange(exchange), "declare exchange \(exchange.name)", deadline: deadline)
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     @discardableResult
     public func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
         let reply = try await connection(publishing, name: "publish")
@@ -108,6 +110,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         return status
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func bind(
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
     ) async throws {
@@ -116,12 +119,14 @@ public final class RabbitMQTransport: EventTransport, Service {
             deadline: deadline)
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func publish(
         deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
     ) async throws -> Bool {
         try await connection(publishing, name: "publish").publish(deadline: deadline, message)
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func withConsumer<Result: Sendable>(
         on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
         _ body: @Sendable (any TransportConsumer) async throws -> Result

@@ -99,7 +99,9 @@ final class RedisDriver: ConnectionDriver {
 
     private func write() throws {
         while written < output.count {
-            let transfer = output.withUnsafeBytes { Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[written...])) }
+            let transfer = output.withUnsafeBytes {
+                Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[written...]))
+            }
             switch transfer {
             case .bytes(let count): written += count
             case .wouldBlock: return

@@ -1,11 +1,12 @@
+internal import ConnectionThread
+public import SMAPEvents
+internal import Synchronization
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-internal import ConnectionThread
-public import SMAPEvents
-internal import Synchronization
 
 /// Keeps the progress of projects in Redis 7: the hash `smap:proj:<id>` that sibling services read and write too, and a
 /// family of keys beside it.
@@ -62,18 +63,21 @@ public final class RedisProgressStore: ProgressStore {
 
     // MARK: ProgressStore
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func start(
         _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
         try await update(.start, project, [finishEventID.rawValue], deadline)
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func expect(
         _ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
         try await update(.expect, project, [String(count), batch], deadline)
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func seal(
         _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
@@ -81,6 +85,7 @@ public final class RedisProgressStore: ProgressStore {
             .seal, project, [finishEventID.rawValue, project.rawValue, total.map(String.init) ?? ""], deadline)
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func advance(
         _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
         deadline: ContinuousClock.Instant
@@ -95,10 +100,12 @@ public final class RedisProgressStore: ProgressStore {
             deadline)
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func fail(_ project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate {
         try await update(.fail, project, [], deadline)
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
         let update = try await update(.progress, project, [], deadline)
         switch update.verdict {
@@ -111,6 +118,7 @@ public final class RedisProgressStore: ProgressStore {
         }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
         // A random choice, so that finishes which cannot be published do not hide the others for ever.
         let reply = try await command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
@@ -123,6 +131,7 @@ public final class RedisProgressStore: ProgressStore {
         return finishes
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
         let key = Self.keys(project)[4]
         let reply = try await command(
@@ -137,6 +146,7 @@ public final class RedisProgressStore: ProgressStore {
             decidedAt: Date(timeIntervalSince1970: Double(decided) / 1000))
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
         let reply = try await run(
             .clear, finish.project, [finish.eventID.rawValue, finish.project.rawValue], deadline)

@@ -51,7 +51,8 @@ enum RedisFailure {
         case "OOM", "MISCONF":
             return EventsError(.storeFull, "Redis refuses writes: \(word)", operation: operation)
         case "NOAUTH", "WRONGPASS", "NOPERM":
-            return EventsError(.accessRefused, "Redis refuses the user or its permissions: \(word)", operation: operation)
+            return EventsError(
+                .accessRefused, "Redis refuses the user or its permissions: \(word)", operation: operation)
         case "WRONGTYPE":
             return EventsError(.corruptProgress, "a key holds another type: WRONGTYPE", operation: operation)
         case "MOVED", "ASK":

@@ -38,7 +38,8 @@ final class RawRabbitMQ: @unchecked Sendable {
     func publish(exchange: String, key: String, body: [UInt8], count: Int, window: Int) throws {
         guard amqp_confirm_select(handle, 1) != nil else { throw Failure(doing: "confirm.select", status: 0) }
         let texts = [
-            exchange, key, "application/json", "evt_6f9c1b9e-6d0a-4a53-9f0b-0d7c2a1c9b11", "bench", "x-smap-schema-version",
+            exchange, key, "application/json", "evt_6f9c1b9e-6d0a-4a53-9f0b-0d7c2a1c9b11", "bench",
+            "x-smap-schema-version",
         ].map { (text: String) in strdup(text) }
         defer { for text in texts { free(text) } }
         func bytes(_ index: Int) -> amqp_bytes_t { amqp_cstring_bytes(texts[index]) }

@@ -239,7 +239,8 @@ struct Choreography: Sendable {
         EventSubscriber(
             transport: services,
             subscription: EventSubscription(
-                queue: try queue(name), bindings: bindings, prefetch: max(64, concurrency * 4), concurrency: concurrency),
+                queue: try queue(name), bindings: bindings, prefetch: max(64, concurrency * 4), concurrency: concurrency
+            ),
             router: router)
     }
 
@@ -265,7 +266,8 @@ struct Choreography: Sendable {
         return queue
     }
 
-    private func observe(_ queue: QueueName, _ body: @escaping @Sendable (InboundDelivery) throws -> Void) async throws {
+    private func observe(_ queue: QueueName, _ body: @escaping @Sendable (InboundDelivery) throws -> Void) async throws
+    {
         try await observers.withConsumer(on: queue, prefetch: 500, deadline: .now + .seconds(30)) { consumer in
             while let delivery = try await consumer.next() {
                 try body(delivery)
@@ -336,7 +338,8 @@ struct Choreography: Sendable {
             observed: counts.observed.load(ordering: .relaxed), duplicates_injected: doubled,
             total: progress?.total ?? 0, done: progress?.done ?? 0, errors: progress?.errors ?? 0,
             finish_events: finishes.count, finish_event_id: finishes.first?.rawValue,
-            elapsed_seconds: (Double(elapsed.seconds) * 100 + Double(elapsed.attoseconds / 10_000_000_000_000_000)).rounded()
+            elapsed_seconds: (Double(elapsed.seconds) * 100 + Double(elapsed.attoseconds / 10_000_000_000_000_000))
+                .rounded()
                 / 100,
             expectedItems: items, expectedErrors: (0..<items).count(where: Self.fails), expectedMails: mails,
             status: progress?.status.rawValue ?? "")

@@ -45,7 +45,8 @@ enum Settings {
     static func redis() throws -> RedisConfiguration { try RedisConfiguration(reader: reader) }
 
     static func publisher(deadline: Duration) -> PublisherConfiguration {
-        var configuration = (try? PublisherConfiguration(reader: reader)) ?? PublisherConfiguration(service: "smap-events")
+        var configuration =
+            (try? PublisherConfiguration(reader: reader)) ?? PublisherConfiguration(service: "smap-events")
         configuration.deadline = deadline
         return configuration
     }

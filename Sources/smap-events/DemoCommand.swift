@@ -54,7 +54,9 @@ struct DemoCommand: AsyncParsableCommand {
         if !broken.isEmpty { throw ExitCode(1) }
     }
 
-    private func play(_ rabbitMQ: RabbitMQConfiguration, _ redis: RedisConfiguration) async throws
+    private func play(
+        _ rabbitMQ: RabbitMQConfiguration, _ redis: RedisConfiguration
+    ) async throws
         -> Choreography.Summary
     {
         try await RabbitMQTransport.withTransport(configuration: rabbitMQ) { services in

@@ -39,7 +39,9 @@ struct LocalCommand: AsyncParsableCommand {
         if status != 0 { throw ExitCode(status) }
     }
 
-    private static func run(_ program: String, _ arguments: [String], _ environment: [String: String]) async throws
+    private static func run(
+        _ program: String, _ arguments: [String], _ environment: [String: String]
+    ) async throws
         -> Int32
     {
         let changes = environment.reduce(into: [Environment.Key: String?]()) { changes, variable in

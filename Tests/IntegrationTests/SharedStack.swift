@@ -12,7 +12,8 @@ enum SharedStack {
         get async throws { try await stack.value }
     }
 
-    static func transport(_ change: (inout RabbitMQConfiguration) -> Void = { _ in }) async throws -> RabbitMQTransport {
+    static func transport(_ change: (inout RabbitMQConfiguration) -> Void = { _ in }) async throws -> RabbitMQTransport
+    {
         var configuration = try RabbitMQConfiguration(url: await current.rabbitMQURL)
         change(&configuration)
         return try RabbitMQTransport(configuration: configuration)

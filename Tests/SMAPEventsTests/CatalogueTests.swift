@@ -61,7 +61,8 @@ import Testing
             DataCollected(projectID: ProjectID("p"), jobID: "j", platform: "TIKTOK", minioPath: "m", batchIndex: 3))
         let json = try #require(try JSONSerialization.jsonObject(with: data) as? [String: Any])
         #expect(Set(json.keys) == ["job_id", "platform", "minio_path", "batch_index"])
-        let finished = try JSONEncoder().encode(AnalysisFinished(projectID: ProjectID("p"), itemID: "i", status: .error))
+        let finished = try JSONEncoder().encode(
+            AnalysisFinished(projectID: ProjectID("p"), itemID: "i", status: .error))
         #expect(String(decoding: finished, as: UTF8.self).contains(#""status":"error""#))
     }
 

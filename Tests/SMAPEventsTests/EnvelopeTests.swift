@@ -8,7 +8,9 @@ func fixture(_ name: String) throws -> [UInt8] {
 }
 
 @Suite struct EnvelopeTests {
-    private func envelope(_ data: String, project: String? = nil, key: RoutingKey = "order.shipped") throws -> EventEnvelope {
+    private func envelope(
+        _ data: String, project: String? = nil, key: RoutingKey = "order.shipped"
+    ) throws -> EventEnvelope {
         EventEnvelope(
             eventID: try EventID("evt_1"), timestamp: Date(timeIntervalSince1970: 1_764_930_645.123), routingKey: key,
             projectID: try project.map { try ProjectID($0) }, service: "shop", data: Array(data.utf8))
@@ -42,7 +44,8 @@ func fixture(_ name: String) throws -> [UInt8] {
     }
 
     @Test func `flat fields stand beside the envelope's, whose names win`() throws {
-        let data = #"{"brand_name":"VinFast","service":"evil","project_id":"evil","data":1,"\u0061ction":"evil","k":[1,2]}"#
+        let data =
+            #"{"brand_name":"VinFast","service":"evil","project_id":"evil","data":1,"\u0061ction":"evil","k":[1,2]}"#
         let both = text(try envelope(data, project: "p").serialized(shape: .both))
         #expect(both.hasSuffix(#""data":\#(data),"brand_name":"VinFast","k":[1,2]}}"#))
         let flat = text(try envelope(data, project: "p").serialized(shape: .flat))
@@ -78,7 +81,8 @@ func fixture(_ name: String) throws -> [UInt8] {
         ("2025-12-05T10:30:45Z", 1_764_930_645.0), ("2025-12-05T10:30:45", 1_764_930_645),
         ("2025-12-05T10:30:45.1Z", 1_764_930_645.1), ("2025-12-05T10:30:45.123456789Z", 1_764_930_645.123456789),
         ("2025-12-05T17:30:45+07:00", 1_764_930_645), ("2025-12-05T05:00:45-05:30", 1_764_930_645),
-        ("2024-02-29T00:00:00Z", 1_709_164_800), ("1969-12-31T23:59:59.500Z", -0.5), ("2000-03-01T00:00:00z", 951_868_800),
+        ("2024-02-29T00:00:00Z", 1_709_164_800), ("1969-12-31T23:59:59.500Z", -0.5),
+        ("2000-03-01T00:00:00z", 951_868_800),
     ])
     func `timestamps are read in every form that siblings write`(written: String, seconds: Double) throws {
         let body = #"{"event_id":"e","timestamp":"\#(written)","payload":{}}"#

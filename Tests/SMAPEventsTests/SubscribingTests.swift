@@ -42,7 +42,9 @@ private let queue: QueueName = "test.queue"
         }
     }
 
-    @Test func `what cannot be decoded and what nobody handles is dead-lettered, and the consumer goes on`() async throws {
+    @Test func `what cannot be decoded and what nobody handles is dead-lettered, and the consumer goes on`()
+        async throws
+    {
         try await EventsTestHarness.withHarness { harness in
             let seen = Seen()
             var router = EventRouter()
@@ -65,7 +67,9 @@ private let queue: QueueName = "test.queue"
         }
     }
 
-    @Test func `a handler that throws is asked again, and after the last attempt the event is dead-lettered`() async throws {
+    @Test func `a handler that throws is asked again, and after the last attempt the event is dead-lettered`()
+        async throws
+    {
         struct Failure: Error {}
         try await EventsTestHarness.withHarness { harness in
             let seen = Seen()
@@ -180,13 +184,19 @@ private let queue: QueueName = "test.queue"
         /// Dies between the confirm and the clearing.
         struct DyingStore: ProgressStore {
             let store: InMemoryProgressStore
-            func start(_ p: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant) async throws
+            func start(
+                _ p: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+            ) async throws
                 -> ProgressUpdate
             { throw Dies() }
-            func expect(_ count: Int, of p: ProjectID, batch: String, deadline: ContinuousClock.Instant) async throws
+            func expect(
+                _ count: Int, of p: ProjectID, batch: String, deadline: ContinuousClock.Instant
+            ) async throws
                 -> ProgressUpdate
             { throw Dies() }
-            func seal(_ p: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant)
+            func seal(
+                _ p: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
+            )
                 async throws -> ProgressUpdate
             { throw Dies() }
             func advance(

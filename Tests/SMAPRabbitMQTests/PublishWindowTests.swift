@@ -22,7 +22,9 @@ private final class Bench: Sendable {
     }
 
     /// Submits, and returns the task that waits for the answer once the window has it.
-    func submit(_ id: Int, exchange: String = "x", size: Int = 0, deadline: MonotonicTime = .distantFuture) async throws
+    func submit(
+        _ id: Int, exchange: String = "x", size: Int = 0, deadline: MonotonicTime = .distantFuture
+    ) async throws
         -> Task<Void, Never>
     {
         let message = try Self.message(id, exchange: exchange, size: size)
@@ -117,7 +119,8 @@ private final class Bench: Sendable {
         #expect(throws: EventsError.self) { try bench.admits() }
     }
 
-    @Test func `a closed channel fails the missing exchange's messages by name and the others as unknown`() async throws {
+    @Test func `a closed channel fails the missing exchange's messages by name and the others as unknown`() async throws
+    {
         let bench = Bench()
         var tasks = [try await bench.submit(1), try await bench.submit(2, exchange: "missing")]
         _ = bench.take()

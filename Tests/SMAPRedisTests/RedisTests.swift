@@ -50,7 +50,10 @@ import Testing
         let configuration = try RedisConfiguration(reader: reader)
         #expect("\(configuration)" == "h:1234/3")
         #expect(configuration.password == "s3cret")
-        #expect(try RedisConfiguration(reader: ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: [:]))).database == 1)
+        #expect(
+            try RedisConfiguration(
+                reader: ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: [:]))
+            ).database == 1)
     }
 
     @Test(arguments: [["REDIS_PORT": "x"], ["REDIS_PORT": "70000"], ["REDIS_STATE_DB": "-1"]])
@@ -71,7 +74,6 @@ import Testing
         #expect(error?.description.contains("s3cret") == false)
     }
 }
-
 
 private final class PipelineBench: Sendable {
     private let pipeline = Mutex(RedisPipeline(limit: 10))

@@ -1,11 +1,12 @@
+public import Logging
+internal import Metrics
+internal import Synchronization
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-public import Logging
-internal import Metrics
-internal import Synchronization
 
 /// Publishes events to `smap.events` and, where they have a legacy form, to the legacy exchange too, under one id.
 ///
@@ -47,6 +48,7 @@ public struct DualPublisher: EventPublishing {
         }
     }
 
+    /// See ``EventPublishing``.
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
         guard phase.publishesLegacy, let mail = event as? EmailVerificationRequested else {
@@ -58,6 +60,7 @@ public struct DualPublisher: EventPublishing {
         }
     }
 
+    /// See ``EventPublishing``.
     @discardableResult
     public func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
         guard phase.publishesLegacy, event.routingKey == EmailVerificationRequested.routingKey else {
@@ -67,7 +70,9 @@ public struct DualPublisher: EventPublishing {
             try EventEnvelope.checkData(event.data, operation: "publish")
             // The catalogue checks the data, so it decodes.
             let message = try topic.message(for: event, eventID, options)
-            return (try LegacyEmailMessage(EventJSON.decode(EmailVerificationRequested.self, from: event.data)), message)
+            return (
+                try LegacyEmailMessage(EventJSON.decode(EmailVerificationRequested.self, from: event.data)), message
+            )
         }
     }
 

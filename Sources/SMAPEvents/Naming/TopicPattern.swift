@@ -72,7 +72,9 @@ public struct TopicPattern: Sendable, Hashable, CustomStringConvertible, Express
 
     private static func problem(in pattern: String) -> String? {
         guard !pattern.isEmpty else { return "a pattern is not empty" }
-        guard pattern.utf8.count <= 255 else { return "a pattern has at most 255 bytes, this one \(pattern.utf8.count)" }
+        guard pattern.utf8.count <= 255 else {
+            return "a pattern has at most 255 bytes, this one \(pattern.utf8.count)"
+        }
         guard pattern.utf8.allSatisfy({ $0 > 0x20 && $0 != 0x7F }) else {
             return "a pattern holds no spaces or control characters"
         }

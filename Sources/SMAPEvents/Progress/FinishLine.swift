@@ -1,11 +1,12 @@
+public import Logging
+public import ServiceLifecycle
+internal import Synchronization
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-public import Logging
-public import ServiceLifecycle
-internal import Synchronization
 
 /// Publishes `job.completed` for finished projects: the outbox of the tracker.
 ///

@@ -6,16 +6,22 @@
 public protocol ProgressStore: Sendable {
     /// Creates a project, unless it is there: ``ProgressUpdate/Verdict/started`` or ``ProgressUpdate/Verdict/exists``.
     /// - Parameter finishEventID: The id of its future `job.completed`.
-    func start(_ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant) async throws
+    func start(
+        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws
         -> ProgressUpdate
 
     /// Adds `count` items to the total, once per batch.
-    func expect(_ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant) async throws
+    func expect(
+        _ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant
+    ) async throws
         -> ProgressUpdate
 
     /// Makes the total final: `total`, or without one what was expected.
     /// - Parameter finishEventID: Used when the project was started by a sibling, which stores none.
-    func seal(_ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant)
+    func seal(
+        _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
+    )
         async throws -> ProgressUpdate
 
     /// Counts an item, once.

@@ -61,7 +61,8 @@ public struct ProgressTracker: Sendable {
     /// - Throws: ``EventsError/Code/unknownProject`` when the project is not there: retry, the report may have overtaken
     ///   the start. ``EventsError/Code/itemKindMismatch``, ``EventsError/Code/indexOutOfRange``.
     @discardableResult
-    public func advance(_ project: ProjectID, item: ItemReference, outcome: ItemOutcome) async throws -> ProgressUpdate {
+    public func advance(_ project: ProjectID, item: ItemReference, outcome: ItemOutcome) async throws -> ProgressUpdate
+    {
         switch item {
         case .index(let index):
             guard (0...Self.maximumIndex).contains(index) else {

@@ -1,9 +1,10 @@
+public import Logging
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-public import Logging
 
 /// Publishes events in the standard envelope to the topic exchange.
 ///
@@ -31,6 +32,7 @@ public final class EventPublisher: EventPublishing {
             ExchangeDeclaration(name: configuration.exchange, kind: .topic), deadline: .now + configuration.deadline)
     }
 
+    /// See ``EventPublishing``.
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
         let eventID = options.eventID ?? EventID()
@@ -41,6 +43,7 @@ public final class EventPublisher: EventPublishing {
         }
     }
 
+    /// See ``EventPublishing``.
     @discardableResult
     public func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
         let eventID = options.eventID ?? EventID()

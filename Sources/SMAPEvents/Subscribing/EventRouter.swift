@@ -55,7 +55,8 @@ public struct EventRouter: Sendable {
             // knows it.
             let key = inbound.routingKey
             let named = envelope.routingKey?.rawValue
-            guard let route = routes.first(where: { $0.pattern.matches(key) || (named.map($0.pattern.matches) ?? false) })
+            guard
+                let route = routes.first(where: { $0.pattern.matches(key) || (named.map($0.pattern.matches) ?? false) })
             else { return .deadLetter(reason: "unhandled") }
             return try await route.handle(envelope, inbound, queue)
         } catch let error as EventsError where error.code == .undecodable {

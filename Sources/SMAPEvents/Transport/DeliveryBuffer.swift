@@ -74,7 +74,11 @@ package final class DeliveryBuffer: Sendable {
             return state.waiting
         }
         for entry in waiting {
-            if let error { entry.continuation.resume(throwing: error) } else { entry.continuation.resume(returning: nil) }
+            if let error {
+                entry.continuation.resume(throwing: error)
+            } else {
+                entry.continuation.resume(returning: nil)
+            }
         }
     }
 }

@@ -10,7 +10,8 @@ public protocol EventTransport: Sendable {
     func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus
 
     /// Binds a queue to an exchange. Throws ``EventsError/Code/notFound`` when one of them is missing.
-    func bind(_ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant)
+    func bind(
+        _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant)
         async throws
 
     /// Publishes one message, and returns once the broker has taken responsibility for it.
@@ -21,7 +22,9 @@ public protocol EventTransport: Sendable {
     /// - Throws: ``EventsError`` with ``EventsError/Code/unsent``, ``EventsError/Code/unknownOutcome``,
     ///   ``EventsError/Code/nacked``, ``EventsError/Code/exchangeNotFound``, or, before anything is sent,
     ///   ``EventsError/Code/eventTooLarge`` or ``EventsError/Code/invalidEvent``.
-    func publish(deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage) async throws
+    func publish(
+        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+    ) async throws
         -> Bool
 
     /// Consumes from a queue while `body` runs. When it returns, the consumer is cancelled, and whatever is unsettled

@@ -32,10 +32,14 @@ package struct ServerURL {
             authority = authority[authority.index(after: at)...]
         }
         if authority.first == "[" {
-            guard let end = authority.firstIndex(of: "]") else { throw Self.failure(setting, "the address lacks a ']'") }
+            guard let end = authority.firstIndex(of: "]") else {
+                throw Self.failure(setting, "the address lacks a ']'")
+            }
             host = String(authority[authority.index(after: authority.startIndex)..<end])
             authority = authority[authority.index(after: end)...]
-            guard authority.isEmpty || authority.first == ":" else { throw Self.failure(setting, "the host is malformed") }
+            guard authority.isEmpty || authority.first == ":" else {
+                throw Self.failure(setting, "the host is malformed")
+            }
         } else {
             let separator = authority.firstIndex(of: ":") ?? authority.endIndex
             let name = try Self.decode(authority[..<separator], "host", setting)

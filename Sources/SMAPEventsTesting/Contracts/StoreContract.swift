@@ -136,7 +136,8 @@ public enum StoreContract {
             try ContractViolation.require(sealed.didFinish, "the seal finished it: \(sealed.verdict)")
             try ContractViolation.equal(sealed.progress.status, .done, "status")
         },
-        Check("an empty project finishes when it is sealed, and a project of one item with that item") { store, project in
+        Check("an empty project finishes when it is sealed, and a project of one item with that item") {
+            store, project in
             let tracker = ProgressTracker(store: store)
             let empty = try ProjectID("\(project)_empty")
             try await tracker.start(empty)

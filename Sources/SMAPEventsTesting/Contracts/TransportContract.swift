@@ -41,7 +41,9 @@ public enum TransportContract {
         }
 
         /// Declares an exchange and a queue bound to it.
-        func bound(_ kind: ExchangeDeclaration.Kind = .topic, key: String = "#", deadLetters: Bool = false) async throws
+        func bound(
+            _ kind: ExchangeDeclaration.Kind = .topic, key: String = "#", deadLetters: Bool = false
+        ) async throws
             -> (exchange: String, queue: QueueName)
         {
             let exchange = exchange(kind)

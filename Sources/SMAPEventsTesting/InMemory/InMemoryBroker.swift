@@ -51,12 +51,14 @@ public final class InMemoryBroker: EventTransport {
     public func isSettled(_ queue: QueueName) -> Bool {
         state.withLock { state in
             guard let entry = state.queues[queue] else { return true }
-            return entry.ready.isEmpty && entry.consumers.allSatisfy { state.unsettled[ObjectIdentifier($0)]?.isEmpty ?? true }
+            return entry.ready.isEmpty
+                && entry.consumers.allSatisfy { state.unsettled[ObjectIdentifier($0)]?.isEmpty ?? true }
         }
     }
 
     // MARK: EventTransport
 
+    /// See ``SMAPEvents/EventTransport``.
     public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
         try state.withLock { state in
             if let kind = state.exchanges[exchange.name], kind != exchange.kind {
@@ -68,6 +70,7 @@ public final class InMemoryBroker: EventTransport {
         }
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     @discardableResult
     public func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
         try state.withLock { state in
@@ -86,6 +89,7 @@ public final class InMemoryBroker: EventTransport {
         }
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func bind(
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
     ) async throws {
@@ -102,6 +106,7 @@ public final class InMemoryBroker: EventTransport {
         }
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func publish(
         deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
     ) async throws -> Bool {
@@ -117,6 +122,7 @@ public final class InMemoryBroker: EventTransport {
         }
     }
 
+    /// See ``SMAPEvents/EventTransport``.
     public func withConsumer<Result: Sendable>(
         on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
         _ body: @Sendable (any TransportConsumer) async throws -> Result

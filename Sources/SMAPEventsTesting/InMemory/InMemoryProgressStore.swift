@@ -1,10 +1,11 @@
+public import SMAPEvents
+internal import Synchronization
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
 internal import Foundation
 #endif
-public import SMAPEvents
-internal import Synchronization
 
 /// A progress store in memory, for tests that need no server. `StoreContract` holds it to the same promises as Redis.
 public final class InMemoryProgressStore: ProgressStore {
@@ -43,7 +44,10 @@ public final class InMemoryProgressStore: ProgressStore {
         state.withLock { state in _ = state.projects.removeValue(forKey: project) }
     }
 
-    public func start(_ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant) async throws
+    /// See ``SMAPEvents/ProgressStore``.
+    public func start(
+        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws
         -> ProgressUpdate
     {
         state.withLock { state in
@@ -54,7 +58,10 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
-    public func expect(_ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant)
+    /// See ``SMAPEvents/ProgressStore``.
+    public func expect(
+        _ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant
+    )
         async throws -> ProgressUpdate
     {
         change(project) { entry, _ in
@@ -68,7 +75,10 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
-    public func seal(_ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant)
+    /// See ``SMAPEvents/ProgressStore``.
+    public func seal(
+        _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
+    )
         async throws -> ProgressUpdate
     {
         change(project) { entry, state in
@@ -86,6 +96,7 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func advance(
         _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
         deadline: ContinuousClock.Instant
@@ -118,6 +129,7 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func fail(_ project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate {
         change(project) { entry, _ in
             guard !entry.isFinished else { return .alreadyFinished }
@@ -126,18 +138,22 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
         state.withLock { state in state.projects[project].map { Self.progress(project, $0) } }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
         state.withLock { Array($0.pending.values.prefix(limit)) }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
         state.withLock { $0.pending[project] }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
         state.withLock { state in
             guard state.pending[finish.project]?.eventID == finish.eventID else { return false }

@@ -77,7 +77,8 @@ public final class LocalStack: Sendable {
         var processes: [LeashedProcess] = []
         do {
             if options.rabbitMQ {
-                processes += try await startRabbitMQ(folder: folder, port: ports[0], distribution: ports[1], epmd: ports[2])
+                processes += try await startRabbitMQ(
+                    folder: folder, port: ports[0], distribution: ports[1], epmd: ports[2])
             }
             if options.redis {
                 processes.append(try await startRedis(folder: folder, port: ports[3], options.redisArguments))
@@ -119,7 +120,9 @@ public final class LocalStack: Sendable {
 
     // MARK: Servers
 
-    private static func startRabbitMQ(folder: String, port: Int, distribution: Int, epmd: Int) async throws
+    private static func startRabbitMQ(
+        folder: String, port: Int, distribution: Int, epmd: Int
+    ) async throws
         -> [LeashedProcess]
     {
         // The script on the PATH switches to the user rabbitmq; this one runs as whoever calls it.
@@ -173,7 +176,8 @@ public final class LocalStack: Sendable {
         try makeFolder(home)
         return try await LeashedProcess(
             [
-                server, "--port", String(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly", "no",
+                server, "--port", String(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly",
+                "no",
             ] + arguments, environment: [:], folder: home, patience: 20)
     }
 
