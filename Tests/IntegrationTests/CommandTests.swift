@@ -1,0 +1,140 @@
+import Foundation
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRabbitMQ
+import Testing
+
+@Suite struct CommandTests {
+    @Test func `events published from standard input are reported once each, and listened to`() async throws {
+        let environment = try await SharedStack.current.environment
+        let queue = "cli.\(EventID().rawValue.suffix(12))"
+        let word = queue.suffix(12)
+        // Declares and binds, and ends.
+        _ = try await Program.events(
+            ["listen", "--queue", queue, "--bind", "t\(word).#", "--timeout", "0.1"], environment: environment)
+        let lines = [
+            #"{"routing_key":"t\#(word).one","data":{"n":1.50,"deep":[{}]},"project_id":"proj_x"}"#,
+            "not json", #"{"routing_key":"T.x"}"#, "", #"{"routing_key":"user.registered","data":{}}"#,
+            #"{"routing_key":"t\#(word).two"}"#, #"{"routing_key":"nobody.listens","data":{}}"#,
+        ]
+        let published = try await Program.events(
+            ["publish", "--stdin"], input: lines.joined(separator: "\n"), environment: environment)
+        #expect(published.status == 1)
+        let outcomes = published.lines.compactMap { $0["outcome"] as? String }.sorted()
+        #expect(outcomes == ["confirmed", "confirmed", "rejected", "rejected", "rejected", "returned"])
+        let rejected = published.lines.filter { $0["outcome"] as? String == "rejected" }
+        #expect(rejected.compactMap { $0["line"] as? Int }.sorted() == [2, 3, 5])
+        #expect(rejected.contains { ($0["error"] as? String)?.contains("user_id") == true })
+
+        let heard = try await Program.events(
+            ["listen", "--queue", queue, "--bind", "t\(word).#", "--count", "2", "--timeout", "20"],
+            environment: environment)
+        #expect(heard.status == 0, "\(heard.error)")
+        let one = try #require(heard.lines.first { $0["routing_key"] as? String == "t\(word).one" })
+        #expect(one["project_id"] as? String == "proj_x")
+        #expect(one["redelivered"] as? Bool == false)
+        #expect(one["attempt"] as? Int == 1)
+        #expect(heard.output.contains(#""data":{"n":1.50,"deep":[{}]}"#))
+        let ids = Set(published.lines.compactMap { $0["event_id"] as? String })
+        #expect(heard.lines.allSatisfy { ids.contains($0["event_id"] as? String ?? "") })
+    }
+
+    @Test func `listening for more than comes ends with exit code 1`() async throws {
+        let result = try await Program.events(
+            ["listen", "--queue", "cli.silent", "--bind", "silent.#", "--count", "1", "--timeout", "0.2"],
+            environment: try await SharedStack.current.environment)
+        #expect(result.status == 1)
+    }
+
+    @Test func `a dual publish under a given id reaches both exchanges`() async throws {
+        let environment = try await SharedStack.current.environment
+        let transport = try await SharedStack.transport()
+        let queue = try QueueName("cli.legacy.\(EventID().rawValue.suffix(12))")
+        let deadline = ContinuousClock.now + .seconds(20)
+        try await transport.declare(.legacyEmail, deadline: deadline)
+        try await transport.declare(QueueDeclaration(queue, kind: .classic), deadline: deadline)
+        try await transport.bind(queue, to: ExchangeName.legacyEmail, routingKey: "", deadline: deadline)
+        let arguments = [
+            "publish", "email.verification.requested", "--dual", "--event-id", "evt_again", "--data",
+            #"{"recipient":"a@b.c","subject":"s","body":"b"}"#,
+        ]
+        let result = try await Program.events(arguments, environment: environment)
+        #expect(result.lines.first?["event_id"] as? String == "evt_again", "\(result.error)")
+        let delivery = try await transport.withConsumer(on: queue, prefetch: 1, deadline: deadline) { consumer in
+            let delivery = try await consumer.next()
+            if let delivery { try consumer.settle(delivery, .acknowledge) }
+            return delivery
+        }
+        #expect(delivery?.properties.messageID == "evt_again")
+        await transport.close()
+    }
+
+    @Test func `a project is tracked to its finish, and the state is printed at each step`() async throws {
+        let environment = try await SharedStack.current.environment
+        let project = "cli_\(EventID())"
+        func track(_ arguments: String...) async throws -> Program.Output {
+            try await Program.events(["track"] + arguments, environment: environment)
+        }
+        #expect(try await track("start", project).lines.first?["status"] as? String == "INITIALIZING")
+        #expect(try await track("expect", project, "2", "--batch", "a").lines.first?["total"] as? Int == 2)
+        #expect(try await track("seal", project).lines.first?["verdict"] as? String == "sealed")
+        #expect(try await track("advance", project, "--index", "0", "--failed").lines.first?["errors"] as? Int == 1)
+        let last = try await track("advance", project, "--index", "1")
+        #expect(last.lines.first?["verdict"] as? String == "finished")
+        #expect(last.lines.first?["percent"] as? Double == 100)
+        let shown = try await track("show", project)
+        #expect(shown.lines.first?["finish_event_id"] as? String == last.lines.first?["finish_event_id"] as? String)
+        #expect(try await track("watch", project, "--json").status == 0)
+        let late = try await track("fail", project)
+        #expect(late.status == 1)
+        #expect(late.error.contains("alreadyFinished"))
+        #expect(try await track("show", "cli_nobody").status == 1)
+    }
+
+    @Test func `unreachable servers and malformed settings are told on standard error, without the password`()
+        async throws
+    {
+        for (environment, command) in [
+            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["publish", "a.b"]),
+            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["listen", "--queue", "q.q", "--bind", "#"]),
+            (["RABBITMQ_URL": "amqp://u:s3cret%@h"], ["publish", "a.b"]),
+            (["REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1", "REDIS_PASSWORD": "s3cret"], ["track", "show", "p"]),
+        ] {
+            let result = try await Program.events(command, environment: environment)
+            #expect(result.status == 1)
+            #expect(!(result.output + result.error).contains("s3cret"))
+            let isNamed = (result.output + result.error).contains(
+                environment["RABBITMQ_URL"]?.hasSuffix("@h") == true ? "RABBITMQ_URL" : "127.0.0.1:1")
+            #expect(isNamed, "\(result.output)\(result.error)")
+        }
+    }
+
+    @Test(.timeLimit(.minutes(1)))
+    func `servers of a process that is killed are stopped all the same`() async throws {
+        // The command prints the servers' ports and is then killed by itself, with no chance to clean up.
+        let script = """
+            "$0" local > "$1" & pid=$!
+            while ! grep -q REDIS_STATE_DB "$1"; do sleep 0.1; done
+            kill -9 $pid
+            """
+        let file = NSTemporaryDirectory() + "smap-test-\(UUID().uuidString)"
+        defer { try? FileManager.default.removeItem(atPath: file) }
+        let result = try await Program.run("sh", ["-c", script, try Program.command, file])
+        #expect(result.status == 0, "\(result.error)")
+        let printed = try String(contentsOfFile: file, encoding: .utf8)
+        let port = try #require(printed.firstMatch(of: /REDIS_PORT=(\d+)/)?.output.1)
+        let end = ContinuousClock.now + .seconds(20)
+        var isUp = true
+        while isUp, ContinuousClock.now < end {
+            isUp = try await Program.run("redis-cli", ["-p", String(port), "ping"]).output.contains("PONG")
+        }
+        #expect(!isUp)
+    }
+
+    @Test(.timeLimit(.minutes(1)))
+    func `local runs a command with the servers' addresses, and exits with its exit code`() async throws {
+        let result = try await Program.events(["local", "--", "sh", "-c", "echo $RABBITMQ_URL $REDIS_PORT; exit 7"])
+        #expect(result.status == 7)
+        #expect(result.output.contains("amqp://guest:guest@127.0.0.1:"))
+    }
+}
