@@ -111,6 +111,12 @@ let package = Package(
             dependencies: ["SMAPRedis", "SMAPEvents", "ConnectionThread", configuration],
             swiftSettings: settings
         ),
+        // The README's examples, compiled.
+        .testTarget(
+            name: "ReadmeTests",
+            dependencies: ["SMAPEvents", "SMAPRabbitMQ", "SMAPRedis"],
+            swiftSettings: settings
+        ),
         .testTarget(
             name: "IntegrationTests",
             dependencies: [

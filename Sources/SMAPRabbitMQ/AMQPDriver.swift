@@ -27,9 +27,9 @@ final class AMQPDriver: ConnectionDriver {
     private static let firstConsumerChannel: amqp_channel_t = 3
     private static let lastChannel: amqp_channel_t = 2_047
     private static let frameSize: Int32 = 131_072
-    /// How long confirms and new messages may pile up while many are in flight, in microseconds: the broker has enough to
-    /// do meanwhile, and each round then handles dozens.
-    private static let pause: UInt32 = 500
+    /// How long confirms, deliveries, settlements and new messages may pile up while many are in flight, in microseconds:
+    /// both sides have enough to do meanwhile, and each round then handles dozens.
+    private static let pause: UInt32 = 1_000
     /// So many bytes are written before confirms are read again.
     private static let batchLimit = 256 * 1024
 
@@ -153,8 +153,12 @@ final class AMQPDriver: ConnectionDriver {
         // them.
         if let publishDelay { timer = min(timer ?? .distantFuture, now.advanced(by: publishDelay)) }
         if isMoreToRead { timer = now }
-        let isBusy = connection.withWindow { $0.isBusy }
         return Interest(timer: timer, pause: isBusy ? Self.pause : 0)
+    }
+
+    private var isBusy: Bool {
+        if connection.withWindow({ $0.isBusy }) { return true }
+        return channels.values.contains { if case .consuming(let consumer) = $0.role { consumer.isBusy } else { false } }
     }
 
     func finish(_ error: (any Error)?) {

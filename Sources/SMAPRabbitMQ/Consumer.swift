@@ -56,6 +56,9 @@ final class Consumer: TransportConsumer {
         state.withLock { $0.ledger.delivered(tag) && $0.ledger.settle(tag, .reject) }
     }
 
+    /// Whether so many deliveries are in hand that a millisecond more makes no difference to anyone.
+    var isBusy: Bool { state.withLock { $0.ledger.count >= 64 } }
+
     func settlements() -> [SettlementLedger.Frame] {
         state.withLock { $0.ledger.flush() }
     }

@@ -73,12 +73,12 @@ struct PublishWindow {
 
     // MARK: Callers
 
-    /// Takes room for one message, if there is some and nobody has waited longer.
-    mutating func tryAdmit() throws -> Bool {
+    /// Takes room for one message, if there is some and nobody has waited longer; returns an id to submit it under.
+    mutating func tryAdmit() throws -> UInt64? {
         if let failure { throw failure }
-        guard waiting.isEmpty, hasRoom else { return false }
+        guard waiting.isEmpty, hasRoom else { return nil }
         messages += 1
-        return true
+        return nextID()
     }
 
     /// Waits for room. Answers at once when there is some after all.
@@ -109,7 +109,7 @@ struct PublishWindow {
     /// a dozen system calls a message.
     var needsWake: Bool { sent.count < 32 || unsent.count % 32 == 0 }
 
-    /// Whether so much is in flight that half a millisecond more makes no difference to anyone.
+    /// Whether so much is in flight that a millisecond more makes no difference to anyone.
     var isBusy: Bool { sent.count >= 256 }
 
     /// Queues a message for which there is room.

@@ -31,6 +31,7 @@ final class RabbitMQConnection: Sendable {
     private let shared: Mutex<Shared>
     /// Whether the login is done. Stays true when the connection has ended: then the window refuses.
     private let isOpen = Atomic<Bool>(false)
+    private let hasEnded = Atomic<Bool>(false)
     // Set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
 
@@ -60,9 +61,7 @@ final class RabbitMQConnection: Sendable {
         }
     }
 
-    var isClosed: Bool {
-        shared.withLock { if case .closed = $0.status { true } else { false } }
-    }
+    var isClosed: Bool { hasEnded.load(ordering: .acquiring) }
 
     func wake() { thread?.wake() }
 
@@ -139,6 +138,7 @@ final class RabbitMQConnection: Sendable {
 
     /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
     func end(_ error: EventsError, unwritten: Int = 0) {
+        hasEnded.store(true, ordering: .releasing)
         let (waiting, calls, consumers) = shared.withLock { state in
             var waiting: [Waiting] = []
             switch state.status {
@@ -217,7 +217,8 @@ final class RabbitMQConnection: Sendable {
         let limit = MonotonicTime(deadline)
         // Mostly the connection is open and there is room: neither costs a suspension then.
         if !isOpen.load(ordering: .acquiring) { try await ready(deadline: deadline) }
-        if try !window.withLock({ try $0.tryAdmit() }) { try await waitForRoom(limit) }
+        let admission = try window.withLock { try $0.tryAdmit() }
+        if admission == nil { try await waitForRoom(limit) }
         let packed: PackedMessage
         do {
             packed = try PackedMessage(message())
@@ -225,7 +226,7 @@ final class RabbitMQConnection: Sendable {
             window.withLock { $0.release() }.give()
             throw error
         }
-        let id = window.withLock { $0.nextID() }
+        let id = admission ?? window.withLock { $0.nextID() }
         return try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { continuation in
                 let (answers, needsWake) = window.withLock { window in

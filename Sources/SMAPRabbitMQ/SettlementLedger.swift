@@ -22,6 +22,9 @@ struct SettlementLedger {
     private var entries: Deque<Entry> = []
     private var decided: [UInt64] = []
 
+    /// How many deliveries stand in the ledger: outstanding, or settled behind one that is.
+    var count: Int { entries.count }
+
     /// Takes note of a delivery. False if its tag is not the next one, which no broker should send.
     mutating func delivered(_ tag: UInt64) -> Bool {
         guard tag == firstTag + UInt64(entries.count) else { return false }

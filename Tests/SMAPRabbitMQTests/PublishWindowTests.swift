@@ -55,7 +55,7 @@ private final class Bench: Sendable {
         return answers != nil
     }
 
-    func admits() throws -> Bool { try window.withLock { try $0.tryAdmit() } }
+    func admits() throws -> Bool { try window.withLock { try $0.tryAdmit() } != nil }
 
     func take(_ budget: Int = 1 << 20) -> Int { window.withLock { $0.takeBatch(budget: budget).count } }
 }

@@ -6,6 +6,7 @@ public struct TopicPattern: Sendable, Hashable, CustomStringConvertible, Express
     /// The pattern as it is bound.
     public let rawValue: String
     private let words: [Substring]
+    private let isLiteral: Bool
 
     /// Checks and wraps a pattern. Throws ``EventsError/Code/invalidName``.
     public init(_ rawValue: String) throws {
@@ -30,6 +31,7 @@ public struct TopicPattern: Sendable, Hashable, CustomStringConvertible, Express
     private init(checked: String) {
         rawValue = checked
         words = Self.words(of: checked)
+        isLiteral = checked.utf8.allBytes { $0 != UInt8(ascii: "*") && $0 != UInt8(ascii: "#") }
     }
 
     /// The pattern as it is bound.
@@ -42,6 +44,9 @@ public struct TopicPattern: Sendable, Hashable, CustomStringConvertible, Express
 
     /// As ``matches(_:)-(RoutingKey)``, for a key as it came over the wire, the empty one included.
     public func matches(_ key: String) -> Bool {
+        // Most patterns in a router are plain keys, or take everything.
+        if isLiteral { return rawValue == key }
+        if rawValue == "#" { return true }
         let key = Self.words(of: key)
         var word = 0
         var position = 0
