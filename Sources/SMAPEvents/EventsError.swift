@@ -104,11 +104,11 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
     /// Whether the same call can succeed later without a change by a person.
     public var isRetriable: Bool { code.isRetriable }
 
-    /// How this error counts as the end of a publish; nil when it is none.
+    /// How this error counts as the end of a publish. Meaningful only for errors that a publish has thrown.
     public var publishOutcome: PublishOutcome {
         switch code {
         case .unknownOutcome: .unknown
-        case .nacked: .nacked
+        case .nacked, .exchangeNotFound: .nacked
         case .unroutable: .returned
         case .invalidName, .invalidConfiguration, .invalidEvent, .eventTooLarge: .rejected
         default: .unsent

@@ -27,9 +27,6 @@ final class AMQPDriver: ConnectionDriver {
     private static let firstConsumerChannel: amqp_channel_t = 3
     private static let lastChannel: amqp_channel_t = 2_047
     private static let frameSize: Int32 = 131_072
-    /// How long confirms, deliveries, settlements and new messages may pile up while many are in flight, in microseconds:
-    /// both sides have enough to do meanwhile, and each round then handles dozens.
-    private static let pause: UInt32 = 1_000
     /// So many bytes are written before confirms are read again.
     private static let batchLimit = 256 * 1024
 
@@ -153,12 +150,17 @@ final class AMQPDriver: ConnectionDriver {
         // them.
         if let publishDelay { timer = min(timer ?? .distantFuture, now.advanced(by: publishDelay)) }
         if isMoreToRead { timer = now }
-        return Interest(timer: timer, pause: isBusy ? Self.pause : 0)
+        return Interest(timer: timer, pause: pause)
     }
 
-    private var isBusy: Bool {
-        if connection.withWindow({ $0.isBusy }) { return true }
-        return channels.values.contains { if case .consuming(let consumer) = $0.role { consumer.isBusy } else { false } }
+    /// How long work may pile up before the next round, in microseconds. While hundreds of messages are in flight both
+    /// sides have enough to do meanwhile, and each round then handles dozens at once.
+    private var pause: UInt32 {
+        if connection.withWindow({ $0.isBusy }) { return 2_000 }
+        let isConsuming = channels.values.contains {
+            if case .consuming(let consumer) = $0.role { consumer.isBusy } else { false }
+        }
+        return isConsuming ? 1_000 : 0
     }
 
     func finish(_ error: (any Error)?) {

@@ -109,7 +109,7 @@ struct PublishWindow {
     /// a dozen system calls a message.
     var needsWake: Bool { sent.count < 32 || unsent.count % 32 == 0 }
 
-    /// Whether so much is in flight that a millisecond more makes no difference to anyone.
+    /// Whether so much is in flight that two milliseconds more make no difference to anyone.
     var isBusy: Bool { sent.count >= 256 }
 
     /// Queues a message for which there is room.

@@ -120,6 +120,8 @@ final class RabbitMQConnection: Sendable {
             end(EventsError(.closed, "the transport was closed", operation: "connection"))
             group.cancelAll()
         }
+        // Nobody waits for a connection that is still being made.
+        if !isOpen.load(ordering: .acquiring) { thread?.severSocket() }
         thread?.stop()
         await thread?.join()
     }

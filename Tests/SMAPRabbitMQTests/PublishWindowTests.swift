@@ -60,7 +60,7 @@ private final class Bench: Sendable {
     func take(_ budget: Int = 1 << 20) -> Int { window.withLock { $0.takeBatch(budget: budget).count } }
 }
 
-@Suite struct PublishWindowTests {
+@Suite(.timeLimit(.minutes(1))) struct PublishWindowTests {
     @Test func `confirms settle by tag, with multiple, and out of order`() async throws {
         let bench = Bench()
         var tasks: [Task<Void, Never>] = []

@@ -45,7 +45,7 @@ public struct EventRouter: Sendable {
             })
     }
 
-    /// Finds out what becomes of a message. Never throws but for cancellation: each failure is an outcome.
+    /// Finds out what becomes of a message. Throws what its handler throws.
     func outcome(of inbound: InboundDelivery, from queue: QueueName) async throws -> HandlerOutcome {
         do {
             let envelope = try EventEnvelope(
