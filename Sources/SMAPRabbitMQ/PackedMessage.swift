@@ -51,7 +51,8 @@ final class PackedMessage: Sendable {
         type = properties.type.map(append)
         appID = properties.appID.map(append)
         correlationID = properties.correlationID.map(append)
-        timestamp = properties.timestamp.map { UInt64(max(0, $0.timeIntervalSince1970)) }
+        // Whole seconds from 1970 on; dates that no clock shows are left out, as a conversion would trap.
+        timestamp = properties.timestamp.flatMap { UInt64(exactly: $0.timeIntervalSince1970.rounded(.down)) }
         headers = properties.headers.map { name, value in
             let name = append(name)
             switch value {

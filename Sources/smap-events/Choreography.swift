@@ -309,7 +309,9 @@ struct Choreography: Sendable {
                 ], over: drawn)
             drawn = 3
             if counts.notified.load(ordering: .relaxed) > 0, handled >= items + doubled, observed >= published,
-                seen >= 2 * mails
+                seen >= 2 * mails,
+                // The event may be seen before its publisher has cleared the finish: let it.
+                try await store.pendingFinish(of: project, deadline: .now + .seconds(10)) == nil
             {
                 return
             }

@@ -138,6 +138,9 @@ struct TrackCommand: AsyncParsableCommand {
 
         func validate() throws {
             guard interval >= 0.01, interval <= 3600 else { throw ValidationError("--interval is 0.01 to 3600 s.") }
+            guard timeout.map({ $0 > 0 && $0 <= 31_536_000 }) ?? true else {
+                throw ValidationError("--timeout is above 0, up to a year.")
+            }
         }
 
         func run() async throws {

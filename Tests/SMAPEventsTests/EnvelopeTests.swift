@@ -100,6 +100,13 @@ func fixture(_ name: String) throws -> [UInt8] {
         #expect(error?.code == .undecodable)
     }
 
+    @Test(arguments: [Double.nan, .infinity, -.infinity, 1e300, -1e300])
+    func `dates that no clock shows are written without harm`(seconds: Double) throws {
+        var envelope = try envelope("{}")
+        envelope.timestamp = Date(timeIntervalSince1970: seconds)
+        #expect(try EventEnvelope(parsing: envelope.serialized()).eventID == envelope.eventID)
+    }
+
     @Test func `a missing timestamp is taken from the message, and null counts as absent`() throws {
         let fallback = Date(timeIntervalSince1970: 7)
         for body in [

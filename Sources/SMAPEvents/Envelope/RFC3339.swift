@@ -8,7 +8,8 @@ internal import Foundation
 enum RFC3339 {
     /// Appends `date` in UTC with milliseconds. Years outside 0 to 9999 are clamped: the format has four digits.
     static func append(_ date: Date, to bytes: inout [UInt8]) {
-        let interval = min(max(date.timeIntervalSince1970, -62_167_219_200), 253_402_300_799.999)
+        let seconds = date.timeIntervalSince1970
+        let interval = seconds.isNaN ? 0 : min(max(seconds, -62_167_219_200), 253_402_300_799.999)
         let milliseconds = Int64((interval * 1000).rounded())
         let days = Int64((Double(milliseconds) / 86_400_000).rounded(.down))
         let time = Int(milliseconds - days * 86_400_000)
