@@ -59,7 +59,7 @@ let package = Package(
         .target(
             name: "SMAPRabbitMQ",
             dependencies: [
-                "SMAPEvents", "ConnectionThread", "CRabbitMQ", configuration, deque, lifecycle, logging,
+                "SMAPEvents", "ConnectionThread", "CRabbitMQ", configuration, deque, lifecycle, logging, metrics,
             ],
             swiftSettings: settings
         ),

@@ -83,16 +83,25 @@ package final class ConnectionThread: WatchdogTarget {
     }
 
     /// Starts the thread. `open` makes the driver on it, and may block: it is under the watchdog too.
+    ///
+    /// - Parameters:
+    ///   - failed: Told when `open` throws.
+    ///   - retryDelay: Asked after each failure, of `open` or of a round: how long to wait before opening again. Nil ends
+    ///     the thread, which is the default.
     package func start(
         name: String,
         openLimit: Duration,
         open: @escaping @Sendable (ConnectionThread) throws -> any ConnectionDriver,
-        failed: @escaping @Sendable (any Error) -> Void
+        failed: @escaping @Sendable (any Error) -> Void,
+        retryDelay: @escaping @Sendable (any Error) -> Duration? = { _ in nil }
     ) throws {
         try Watchdog.shared.add(self)
         do {
             try startThread(name: name, stackSize: Self.stackSize) { [self] in
-                run(openLimit: openLimit, open: open, failed: failed)
+                while let failure = serve(openLimit: openLimit, open: open, failed: failed),
+                    let delay = retryDelay(failure), pause(delay)
+                {}
+                end()
             }
         } catch {
             Watchdog.shared.remove(self)
@@ -107,7 +116,7 @@ package final class ConnectionThread: WatchdogTarget {
 
     /// Asks the thread to end after its current round. ``join()`` waits for that.
     package func stop() {
-        isStopping.store(true, ordering: .releasing)
+        isStopping.store(true, ordering: .sequentiallyConsistent)
         wake()
     }
 
@@ -168,34 +177,53 @@ package final class ConnectionThread: WatchdogTarget {
         roundEnds.store(.max, ordering: .sequentiallyConsistent)
     }
 
-    private func run(
+    /// One connection, from its opening to its end. Returns why it ended, nil if it was asked to.
+    private func serve(
         openLimit: Duration,
         open: (ConnectionThread) throws -> any ConnectionDriver,
         failed: (any Error) -> Void
-    ) {
+    ) -> (any Error)? {
+        defer { releaseSocket() }
         beginRound(limit: openLimit)
+        defer { endRound() }
+        var failure: (any Error)?
         do {
             let driver = try open(self)
             endRound()
-            let failure: (any Error)?
-            do {
-                try loop(driver)
-                failure = nil
-            } catch {
-                failure = error
-            }
+            do { try loop(driver) } catch { failure = error }
             beginRound(limit: stallLimit)
             driver.finish(failure)
         } catch {
+            failure = error
             failed(error)
         }
-        endRound()
-        Watchdog.shared.remove(self)
+        return failure
+    }
+
+    /// Waits between two connections. False once the thread has been asked to stop.
+    private func pause(_ delay: Duration) -> Bool {
+        let end = MonotonicTime.now.advanced(by: delay)
+        while !isStopping.load(ordering: .acquiring), MonotonicTime.now < end {
+            // Work that callers leave meanwhile waits for the connection; only a stop cuts this short.
+            wakeup.drain()
+            isSignalled.store(false, ordering: .sequentiallyConsistent)
+            if isStopping.load(ordering: .sequentiallyConsistent) { break }
+            var entry = pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0)
+            _ = poll(&entry, 1, MonotonicTime.now.pollTimeout(until: end))
+        }
+        return !isStopping.load(ordering: .acquiring)
+    }
+
+    private func releaseSocket() {
         let copy = socketCopy.withLock { copy in
             defer { copy = -1 }
             return copy
         }
         if copy >= 0 { Socket.close(copy) }
+    }
+
+    private func end() {
+        Watchdog.shared.remove(self)
         let waiting = lifecycle.withLock { state in
             state.isFinished = true
             defer { state.waiting = [] }

@@ -37,6 +37,12 @@ package struct MonotonicTime: Sendable, Hashable, Comparable {
         return overflow ? .distantFuture : MonotonicTime(nanoseconds: sum)
     }
 
+    /// The end of one of `shares` equal parts of the time until `deadline`.
+    package func advanced(share shares: Int, until deadline: MonotonicTime) -> MonotonicTime {
+        guard deadline > self, shares > 0 else { return self }
+        return MonotonicTime(nanoseconds: nanoseconds + (deadline.nanoseconds - nanoseconds) / UInt64(shares))
+    }
+
     /// Milliseconds until `other`, rounded up, as `poll(2)` takes them; 0 when it has passed.
     package func pollTimeout(until other: MonotonicTime) -> Int32 {
         guard other > self else { return 0 }

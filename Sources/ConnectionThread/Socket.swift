@@ -24,9 +24,7 @@ package enum Socket {
         var last = SocketError(.unresolved, "\(host) has no address")
         for (index, address) in addresses.enumerated() {
             // An address that swallows packets must leave time for the next one.
-            let now = MonotonicTime.now
-            let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 0
-            let share = MonotonicTime(nanoseconds: now.nanoseconds + left / UInt64(addresses.count - index))
+            let share = MonotonicTime.now.advanced(share: addresses.count - index, until: deadline)
             do throws(SocketError) {
                 return try connect(to: address, name: "\(host):\(port)", deadline: share)
             } catch {

@@ -35,6 +35,8 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let notFound = Code("notFound")
         /// A queue or exchange exists with other arguments than those declared.
         public static let topologyConflict = Code("topologyConflict")
+        /// A topology that would lose messages silently; nothing was declared.
+        public static let dangerousTopology = Code("dangerousTopology")
         /// The operation did not end by its deadline.
         public static let deadlineExceeded = Code("deadlineExceeded", retriable: true)
         /// The server could not be reached.

@@ -41,13 +41,16 @@ final class AMQPDriver: ConnectionDriver {
     private var heartbeat: Int = 0
     /// Messages of the batch being written that no byte was written of.
     private var unwritten = 0
+    /// Declarations that are being repeated after a loss; nothing is published before they are back.
+    private var restoring = 0
 
     // MARK: Opening
 
-    /// Connects and logs in; blocks, under the watchdog.
-    init(connection: RabbitMQConnection, thread: ConnectionThread, name: String, deadline: MonotonicTime) throws {
+    /// Connects to the first node that answers and logs in; blocks, under the watchdog.
+    init(connection: RabbitMQConnection, thread: ConnectionThread, name: String) throws {
         let configuration = connection.configuration
-        let descriptor = try Socket.connect(host: configuration.host, port: configuration.port, deadline: deadline)
+        let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
+        let descriptor = try Self.connect(configuration, deadline: deadline)
         thread.guardSocket(descriptor)
         guard let handle = amqp_new_connection() else {
             Socket.close(descriptor)
@@ -72,12 +75,46 @@ final class AMQPDriver: ConnectionDriver {
             heartbeat = Int(amqp_get_heartbeat(handle))
             channels = [topology.number: topology, publishing.number: publishing]
             try open(topology)
+            try restoreTopology()
             try open(publishing)
         } catch {
             amqp_destroy_connection(handle)
             throw error
         }
         connection.opened()
+    }
+
+    private static func connect(_ configuration: RabbitMQConfiguration, deadline: MonotonicTime) throws -> Int32 {
+        var failure = SocketError(.unresolved, "there is no node to connect to")
+        let nodes = try configuration.nodes
+        for (index, node) in nodes.enumerated() {
+            do throws(SocketError) {
+                // A node that swallows packets must leave time for the next one.
+                return try Socket.connect(
+                    host: node.host, port: node.port,
+                    deadline: MonotonicTime.now.advanced(share: nodes.count - index, until: deadline))
+            } catch {
+                failure = error
+            }
+        }
+        throw failure
+    }
+
+    /// Declares again what was declared on the connections before this one.
+    private func restoreTopology() throws {
+        let topology = connection.topology
+        let requests: [RemoteCall.Request] =
+            topology.exchanges.map { .declareExchange($0) } + topology.queues.map { .declareQueue($0) }
+            + topology.bindings.map { .bind($0) }
+        restoring = requests.count
+        for request in requests {
+            let call = RemoteCall(request, operation: "declare again", deadline: .now + .seconds(30))
+            try begin(call) { [self] result in
+                restoring -= 1
+                guard case .failure(let error) = result else { return }
+                connection.logger.warning("topology was not restored", metadata: ["reason": "\(error)"])
+            }
+        }
     }
 
     private static func logIn(
@@ -165,9 +202,7 @@ final class AMQPDriver: ConnectionDriver {
 
     func finish(_ error: (any Error)?) {
         if let error {
-            connection.end(
-                AMQPFailure.error(from: error, server: "\(connection.configuration)", connecting: false),
-                unwritten: unwritten)
+            connection.ended(error, unwritten: unwritten)
         } else {
             _ = amqp_connection_close(handle, Int32(AMQP_REPLY_SUCCESS))
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))
@@ -232,10 +267,11 @@ final class AMQPDriver: ConnectionDriver {
         switch method.id {
         case AMQP_CONNECTION_BLOCKED_METHOD:
             isBlocked = true
-            connection.logger.warning("the broker blocks publishing: it is short of memory or disk")
+            let blocked = method.decoded?.load(as: amqp_connection_blocked_t.self)
+            connection.blocked(blocked.map { Self.string($0.reason) } ?? "")
         case AMQP_CONNECTION_UNBLOCKED_METHOD:
             isBlocked = false
-            connection.logger.info("the broker takes messages again")
+            connection.blocked(nil)
         case AMQP_CONNECTION_CLOSE_METHOD:
             let close = method.decoded?.load(as: amqp_connection_close_t.self)
             var ok = amqp_connection_close_ok_t()
@@ -366,7 +402,7 @@ final class AMQPDriver: ConnectionDriver {
 
     /// Writes what the socket takes. Returns when to go on if something is left, nil if nothing is.
     private func writePublishes() throws -> Duration? {
-        guard publishing.isOpen, !isBlocked else { return nil }
+        guard publishing.isOpen, !isBlocked, restoring == 0 else { return nil }
         // The kernel counts its own bookkeeping in the buffer too, hence the half.
         let budget = min(Socket.freeSendBuffer(descriptor) / 2, Self.batchLimit)
         let batch = connection.withWindow { window -> [PackedMessage] in
@@ -470,32 +506,52 @@ final class AMQPDriver: ConnectionDriver {
     }
 
     private func begin(_ call: RemoteCall) throws {
+        try begin(call) { [self] result in
+            if case .success = result { connection.declared(call.request) }
+            answer(call, result)
+        }
+    }
+
+    private func begin(
+        _ call: RemoteCall, _ done: @escaping (Result<RemoteCall.Reply, EventsError>) -> Void
+    ) throws {
         switch call.request {
         case .declareExchange(let exchange):
-            try ask(call, reply: AMQP_EXCHANGE_DECLARE_OK_METHOD) { [self] arena in
+            try ask(call, reply: AMQP_EXCHANGE_DECLARE_OK_METHOD, done) { [self] arena in
                 var method = amqp_exchange_declare_t()
                 method.exchange = arena.bytes(exchange.name)
                 method.type = arena.bytes(exchange.kind.rawValue)
                 method.durable = 1
                 try send(topology, AMQP_EXCHANGE_DECLARE_METHOD, &method)
             }
+        case .checkExchange(let name):
+            try ask(call, reply: AMQP_EXCHANGE_DECLARE_OK_METHOD, done) { [self] arena in
+                var method = amqp_exchange_declare_t()
+                method.exchange = arena.bytes(name)
+                method.passive = 1
+                try send(topology, AMQP_EXCHANGE_DECLARE_METHOD, &method)
+            }
         case .declareQueue(let queue):
-            try ask(call, reply: AMQP_QUEUE_DECLARE_OK_METHOD) { [self] arena in
+            try ask(call, reply: AMQP_QUEUE_DECLARE_OK_METHOD, done) { [self] arena in
                 var method = amqp_queue_declare_t()
                 method.queue = arena.bytes(queue.name.rawValue)
                 method.durable = 1
-                method.arguments = arena.table(queue.arguments.map { arena.entry($0.key, .string($0.value)) })
+                method.arguments = arena.table(queue.arguments.map { arena.entry($0.key, $0.value) })
                 try send(topology, AMQP_QUEUE_DECLARE_METHOD, &method)
-            } answer: { method in
-                guard let ok = method.decoded?.load(as: amqp_queue_declare_ok_t.self) else { return .done }
-                return .queue(QueueStatus(messages: Int(ok.message_count), consumers: Int(ok.consumer_count)))
             }
-        case .bind(let queue, let exchange, let routingKey):
-            try ask(call, reply: AMQP_QUEUE_BIND_OK_METHOD) { [self] arena in
+        case .checkQueue(let name):
+            try ask(call, reply: AMQP_QUEUE_DECLARE_OK_METHOD, done) { [self] arena in
+                var method = amqp_queue_declare_t()
+                method.queue = arena.bytes(name.rawValue)
+                method.passive = 1
+                try send(topology, AMQP_QUEUE_DECLARE_METHOD, &method)
+            }
+        case .bind(let binding):
+            try ask(call, reply: AMQP_QUEUE_BIND_OK_METHOD, done) { [self] arena in
                 var method = amqp_queue_bind_t()
-                method.queue = arena.bytes(queue.rawValue)
-                method.exchange = arena.bytes(exchange)
-                method.routing_key = arena.bytes(routingKey)
+                method.queue = arena.bytes(binding.queue.rawValue)
+                method.exchange = arena.bytes(binding.exchange)
+                method.routing_key = arena.bytes(binding.routingKey)
                 try send(topology, AMQP_QUEUE_BIND_METHOD, &method)
             }
         case .consume(let consumer): try beginConsuming(consumer, call)
@@ -504,16 +560,23 @@ final class AMQPDriver: ConnectionDriver {
         }
     }
 
-    /// Sends a method on the topology channel and answers the call with its reply.
+    /// Sends a method on the topology channel and hands on its reply.
     private func ask(
-        _ call: RemoteCall, reply: amqp_method_number_t, _ method: @escaping (CArena) throws -> Void,
-        answer: @escaping (amqp_method_t) -> RemoteCall.Reply = { _ in .done }
+        _ call: RemoteCall, reply: amqp_method_number_t,
+        _ done: @escaping (Result<RemoteCall.Reply, EventsError>) -> Void, _ method: @escaping (CArena) throws -> Void
     ) throws {
         try topology.enqueue(
             step(topology, reply: reply, isWanted: { !call.isAnswered }) {
                 try method(CArena())
-            } done: { [self] result in
-                self.answer(call, result.map(answer))
+            } done: { result in
+                done(
+                    result.map { method in
+                        guard method.id == AMQP_QUEUE_DECLARE_OK_METHOD,
+                            let ok = method.decoded?.load(as: amqp_queue_declare_ok_t.self)
+                        else { return .done }
+                        return .queue(
+                            QueueStatus(messages: Int(ok.message_count), consumers: Int(ok.consumer_count)))
+                    })
             })
     }
 

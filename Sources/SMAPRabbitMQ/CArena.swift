@@ -1,12 +1,8 @@
 internal import CRabbitMQ
+internal import SMAPEvents
 
 /// Memory for the strings and tables of one method, freed with it. The library reads them while it sends.
 final class CArena {
-    enum Value {
-        case string(String)
-        case boolean(Bool)
-    }
-
     private var blocks: [UnsafeMutableRawPointer] = []
 
     deinit {
@@ -23,7 +19,7 @@ final class CArena {
         }
     }
 
-    func entry(_ key: String, _ value: Value) -> amqp_table_entry_t {
+    func entry(_ key: String, _ value: MessageProperties.HeaderValue) -> amqp_table_entry_t {
         var field = amqp_field_value_t()
         switch value {
         case .string(let text):
@@ -32,6 +28,9 @@ final class CArena {
         case .boolean(let flag):
             field.kind = UInt8(AMQP_FIELD_KIND_BOOLEAN.rawValue)
             field.value.boolean = flag ? 1 : 0
+        case .integer(let number):
+            field.kind = UInt8(AMQP_FIELD_KIND_I64.rawValue)
+            field.value.i64 = number
         }
         return amqp_table_entry_t(key: bytes(key), value: field)
     }

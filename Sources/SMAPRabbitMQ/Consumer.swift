@@ -37,6 +37,11 @@ final class Consumer: TransportConsumer {
         connection.wake()
     }
 
+    func untilEnded() async throws { try await buffer.untilEnded() }
+
+    /// Whether the broker still knows of this consumer's channel.
+    var isChannelOpen: Bool { state.withLock { $0.isChannelOpen } }
+
     func stop() async {
         buffer.end(with: nil)
         await connection.finish(.stopConsumer(self), "stop consuming from \(queue)")

@@ -9,6 +9,9 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     public var host: String
     /// The port. `RABBITMQ_PORT`, 5672 by default.
     public var port: Int
+    /// More nodes of the same cluster, `host` or `host:port`, tried in turn when one does not answer; none by default.
+    /// `RABBITMQ_HOST` may list them all, separated by commas.
+    public var alternatives: [String] = []
     /// The user. `RABBITMQ_USERNAME`, `guest` by default.
     public var username: String
     /// The password. `RABBITMQ_PASSWORD`, `guest` by default.
@@ -16,8 +19,14 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     /// The virtual host. `RABBITMQ_VHOST`, `/` by default.
     public var virtualHost: String
 
-    /// How long connecting and logging in may take, 10 s by default.
+    /// How long connecting to a node and logging in may take, 10 s by default.
     public var connectTimeout: Duration = .seconds(10)
+    /// The pause before a lost connection is tried again, 100 ms by default. It doubles with each failure, and a random
+    /// part of it is waited ("full jitter"), so that a fleet of services does not return as one.
+    public var reconnectDelay: Duration = .milliseconds(100)
+    /// The longest pause between two attempts, 10 s by default; also the pause after the server has refused the
+    /// credentials.
+    public var maximumReconnectDelay: Duration = .seconds(10)
     /// The heartbeat asked for, in whole seconds; a server may ask for less. 20 s by default, 0 turns it off.
     public var heartbeat: Duration = .seconds(20)
     /// How long the connection's thread may be stuck in one system call before the connection is given up, 15 s by
@@ -76,7 +85,11 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
             return
         }
         self.init()
-        if let host = reader.string(forKey: "host"), !host.isEmpty { self.host = host }
+        if let hosts = reader.string(forKey: "host"), !hosts.isEmpty {
+            let names = hosts.split(separator: ",").map(String.init)
+            host = names.first ?? ""
+            alternatives = Array(names.dropFirst())
+        }
         if let text = reader.string(forKey: "port"), !text.isEmpty {
             guard let port = Int(text) else { throw ServerURL.failure("RABBITMQ_PORT", "it is not a number") }
             self.port = port
@@ -101,7 +114,27 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         try require(windowMessages > 0 && windowBytes > 0, "window", "it has room for one message at least")
         try require(heartbeat >= .zero && heartbeat <= .seconds(3600), "heartbeat", "it is 0 to 3600 s")
         try require(connectTimeout > .zero && stallLimit > .zero, "timeouts", "they are above zero")
+        try require(
+            reconnectDelay > .zero && maximumReconnectDelay >= reconnectDelay, "reconnect delays",
+            "the first is above zero, and the longest is not shorter")
+        _ = try nodes
     }
+
+    /// All nodes, in the order in which they are tried.
+    var nodes: [(host: String, port: Int)] {
+        get throws {
+            try [(host, port)]
+                + alternatives.map { text in
+                    let location = try ServerURL(parsing: "amqp://\(text)", setting: "RABBITMQ_HOST")
+                    guard let host = location.host else {
+                        throw ServerURL.failure("RABBITMQ_HOST", "a host is missing in its list")
+                    }
+                    return (host, location.port ?? port)
+                }
+        }
+    }
+
+    var backoff: Backoff { Backoff(first: reconnectDelay, longest: maximumReconnectDelay) }
 
     /// `host:port/vhost`, for logs and errors.
     public var description: String {

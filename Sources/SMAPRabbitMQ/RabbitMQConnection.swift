@@ -1,113 +1,234 @@
 internal import ConnectionThread
 internal import Logging
+internal import Metrics
 internal import SMAPEvents
 internal import Synchronization
 
 /// What callers and the connection thread of one connection share. Callers leave work here and suspend; the thread, the
 /// watchdog, or the end of the connection answers them.
+///
+/// It outlives the TCP connections that it is made of: when one is lost the thread opens another, after a delay that
+/// grows. Publishes and declarations that are under way go on there, as long as their deadlines allow; consumers end with
+/// an error, since their deliveries have gone back to the queue, and are started again by whoever runs them.
 final class RabbitMQConnection: Sendable {
     private struct Waiting {
         let deadline: MonotonicTime
         let continuation: CheckedContinuation<Void, any Error>
     }
 
-    private enum Status {
-        case connecting(waiting: [UInt64: Waiting])
-        case open
-        case closed(EventsError)
-    }
-
     private struct Shared {
-        var status: Status
+        var state = ConnectionState.connecting
+        /// Why it is not open.
+        var reason: EventsError?
+        /// Whether waiting is in vain: the server refuses the credentials, or the owner has closed.
+        var isHopeless = false
+        /// When the connection that is open now, or was lost a moment ago, was opened.
+        var openedAt: MonotonicTime?
+        var hasOpened = false
+        /// Failures in a row.
+        var failures = 0
+        var waiting: [UInt64: Waiting] = [:]
         var lastID: UInt64 = 0
         var calls: [ObjectIdentifier: RemoteCall] = [:]
         var consumers: [ObjectIdentifier: Consumer] = [:]
+        /// What was declared here, to be declared again after a loss: a broker may have come back empty.
+        var topology = Topology()
     }
 
+    private static let callLimit = 1024
+
     let configuration: RabbitMQConfiguration
+    let name: String
     let logger: Logger
-    private let mailbox = Mailbox<RemoteCall>(capacity: 1024)
+    private let mailbox = Mailbox<RemoteCall>(capacity: callLimit)
     private let window: Mutex<PublishWindow>
-    private let shared: Mutex<Shared>
-    /// Whether the login is done. Stays true when the connection has ended: then the window refuses.
-    private let isOpen = Atomic<Bool>(false)
-    private let hasEnded = Atomic<Bool>(false)
+    private let shared = Mutex(Shared())
+    private let observe: @Sendable (ConnectionChange) -> Void
+    private let recoveries: Counter
+    private let openGauge: Gauge
     // Set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
 
-    /// Starts connecting; ``ready(deadline:)`` waits for it.
-    init(_ configuration: RabbitMQConfiguration, name: String, logger: Logger) throws {
+    /// Starts connecting, and goes on trying until it is closed.
+    ///
+    /// - Parameter observe: Told of each change of state, on the connection's thread; it must not block.
+    init(
+        _ configuration: RabbitMQConfiguration, name: String, logger: Logger,
+        observe: @escaping @Sendable (ConnectionChange) -> Void = { _ in }
+    ) throws {
         self.configuration = configuration
+        self.name = name
         self.logger = logger
+        self.observe = observe
+        self.recoveries = Counter(label: "events_connection_recoveries_total", dimensions: [("connection", name)])
+        self.openGauge = Gauge(label: "events_connection_open", dimensions: [("connection", name)])
         self.window = Mutex(
             PublishWindow(messageLimit: configuration.windowMessages, byteLimit: configuration.windowBytes))
-        let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
-        self.shared = Mutex(Shared(status: .connecting(waiting: [:])))
         do {
             let thread = try ConnectionThread(stallLimit: configuration.stallLimit) { [weak self] now in
                 self?.check(now: now)
             } onStall: { [weak self] in
-                self?.end(EventsError(.connectionLost, "the connection hung", operation: "connection"))
+                // The thread finds its socket shut down, and opens another. Callers have deadlines of their own.
+                self?.change(
+                    to: .recovering, EventsError(.connectionLost, "the connection hung", operation: "connection"))
             }
             self.thread = thread
-            try thread.start(name: "smap-rabbit-\(name.prefix(3))", openLimit: configuration.connectTimeout) {
+            observe(ConnectionChange(connection: name, state: .connecting))
+            try thread.start(name: "smap-rabbit-\(name.prefix(3))", openLimit: configuration.connectTimeout * 2) {
                 // The thread owns the connection object until it has ended.
-                try AMQPDriver(connection: self, thread: $0, name: name, deadline: deadline)
-            } failed: { error in
-                self.end(AMQPFailure.error(from: error, server: "\(configuration)", connecting: true))
+                try AMQPDriver(connection: self, thread: $0, name: name)
+            } failed: { _ in
+            } retryDelay: { failure in
+                self.retryDelay(after: failure)
             }
         } catch let error as SocketError {
             throw EventsError(.connectionFailed, error.description, operation: "connect to \(configuration)")
         }
     }
 
-    var isClosed: Bool { hasEnded.load(ordering: .acquiring) }
+    /// How it stands, and why.
+    var status: (state: ConnectionState, reason: EventsError?) {
+        shared.withLock { ($0.state, $0.reason) }
+    }
 
     func wake() { thread?.wake() }
 
+    private func change(to state: ConnectionState, _ reason: EventsError? = nil) {
+        let hasChanged = shared.withLock { shared in
+            guard shared.state != .closed, shared.state != state else { return false }
+            shared.state = state
+            shared.reason = reason
+            return true
+        }
+        guard hasChanged else { return }
+        openGauge.record(state == .open ? 1 : 0)
+        observe(ConnectionChange(connection: name, state: state, reason: reason))
+    }
+
     // MARK: Opening and closing
 
-    /// Returns once the connection is open; throws why it is not.
+    /// Returns once the connection is open, blocked or not. Throws when it will not be: the server refuses us, the owner
+    /// has closed, or the deadline has passed, then with what the last attempt came to.
     func ready(deadline: ContinuousClock.Instant) async throws {
-        let id = shared.withLock { state in
-            state.lastID += 1
-            return state.lastID
+        let id = shared.withLock { shared in
+            shared.lastID += 1
+            return shared.lastID
         }
         let limit = MonotonicTime(deadline)
         try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Void, any Error>) in
-                let result = shared.withLock { state -> Result<Void, any Error>? in
+                let result = shared.withLock { shared -> Result<Void, any Error>? in
                     if Task.isCancelled { return .failure(CancellationError()) }
-                    switch state.status {
-                    case .open: return .success(())
-                    case .closed(let error): return .failure(error)
-                    case .connecting(var waiting):
-                        waiting[id] = Waiting(deadline: limit, continuation: continuation)
-                        state.status = .connecting(waiting: waiting)
-                        return nil
-                    }
+                    if shared.state == .open || shared.state == .blocked { return .success(()) }
+                    if shared.isHopeless, let reason = shared.reason { return .failure(reason) }
+                    shared.waiting[id] = Waiting(deadline: limit, continuation: continuation)
+                    return nil
                 }
                 if let result { continuation.resume(with: result) } else { Watchdog.shared.look(by: limit) }
             }
         } onCancel: {
-            let cancelled = shared.withLock { state -> Waiting? in
-                guard case .connecting(var waiting) = state.status else { return nil }
-                defer { state.status = .connecting(waiting: waiting) }
-                return waiting.removeValue(forKey: id)
-            }
+            let cancelled = shared.withLock { $0.waiting.removeValue(forKey: id) }
             cancelled?.continuation.resume(throwing: CancellationError())
         }
     }
 
     /// Called on the thread once the server has accepted the login.
     func opened() {
-        let waiting = shared.withLock { state -> [Waiting] in
-            guard case .connecting(let waiting) = state.status else { return [] }
-            state.status = .open
-            return Array(waiting.values)
+        let (waiting, isRecovery) = shared.withLock { shared in
+            let isRecovery = shared.hasOpened
+            shared.isHopeless = false
+            shared.hasOpened = true
+            shared.openedAt = .now
+            defer { shared.waiting = [:] }
+            return (Array(shared.waiting.values), isRecovery)
         }
-        isOpen.store(true, ordering: .releasing)
+        window.withLock { $0.connected() }
+        if isRecovery { recoveries.increment() }
+        logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
+        change(to: .open)
         for entry in waiting { entry.continuation.resume() }
+    }
+
+    /// The broker takes no messages, or takes them again.
+    func blocked(_ reason: String?) {
+        guard let reason else {
+            window.withLock { $0.connected() }
+            logger.info("the broker takes messages again")
+            return change(to: .open)
+        }
+        let error = EventsError(.overloaded, "the broker blocks publishing: \(reason)", operation: "connection")
+        window.withLock { $0.obstacle = error }
+        logger.warning("the broker blocks publishing", metadata: ["reason": "\(reason)"])
+        change(to: .blocked, error)
+    }
+
+    /// A connection that was open has ended by itself. Called on the thread, which then asks for ``retryDelay(after:)``.
+    ///
+    /// - Parameter unwritten: How many of the messages taken last have not been written at all.
+    func ended(_ failure: any Error, unwritten: Int) {
+        let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
+        // A broker that closes the connection for what it was sent would do so again.
+        let isPoisoned = if case AMQPFailure.closedByBroker = failure { error.code != .connectionLost } else { false }
+        let (consumers, calls) = shared.withLock { shared in
+            defer { shared.consumers = [:] }
+            return (Array(shared.consumers.values), Array(shared.calls.values))
+        }
+        change(to: .recovering, error)
+        for consumer in consumers { consumer.fail(error) }
+        answer { $0.connectionLost(error, unwritten: unwritten, isPoisoned: isPoisoned) }
+        // Those still in the mailbox are among them, and must not be taken twice.
+        _ = mailbox.takeAll()
+        for call in calls.sorted(by: { $0.number < $1.number }) {
+            switch call.request {
+            case .stopConsumer, .closeConsumer:
+                // The broker has done so by itself.
+                forget(call)
+                call.answer(.success(.done))
+            case .consume:
+                forget(call)
+                call.fail(error.code, error.message)
+            default:
+                // Declarations can be repeated. There is room: the calls are as bounded as the mailbox.
+                _ = mailbox.post(call)
+            }
+        }
+    }
+
+    /// There is no connection: one was lost, or could not be opened. Called on the thread; returns how long to wait until
+    /// the next attempt, nil when there is to be none.
+    private func retryDelay(after failure: any Error) -> Duration? {
+        let wasOpen = shared.withLock { $0.openedAt != nil }
+        let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: !wasOpen)
+        let isHopeless = error.code == .accessRefused || error.code == .invalidConfiguration
+        let (failures, isClosed, waiting) = shared.withLock { shared -> (Int, Bool, [Waiting]) in
+            if shared.state == .closed { return (0, true, []) }
+            // One that worked for a while was lost by accident; one that is thrown out at once must wait longer.
+            if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
+            shared.openedAt = nil
+            shared.failures += 1
+            shared.reason = error
+            shared.isHopeless = isHopeless
+            guard isHopeless else { return (shared.failures, false, []) }
+            defer { shared.waiting = [:] }
+            return (shared.failures, false, Array(shared.waiting.values))
+        }
+        if isClosed { return nil }
+        change(to: .recovering, error)
+        if isHopeless {
+            answer { $0.refuse(error) }
+            for entry in waiting { entry.continuation.resume(throwing: error) }
+            for call in shared.withLock({ Array($0.calls.values) }) {
+                forget(call)
+                call.fail(error.code, error.message)
+            }
+        } else {
+            window.withLock { $0.obstacle = error }
+        }
+        // Nothing that is tried sooner changes the mind of a server that refuses us.
+        let delay = isHopeless ? configuration.maximumReconnectDelay : configuration.backoff.delay(after: failures)
+        logger.warning(
+            "no connection", metadata: ["connection": "\(name)", "reason": "\(error)", "next_attempt_in": "\(delay)"])
+        return delay
     }
 
     /// Waits until nothing is unconfirmed or the deadline has passed, then closes the connection.
@@ -120,8 +241,6 @@ final class RabbitMQConnection: Sendable {
             end(EventsError(.closed, "the transport was closed", operation: "connection"))
             group.cancelAll()
         }
-        // Nobody waits for a connection that is still being made.
-        if !isOpen.load(ordering: .acquiring) { thread?.severSocket() }
         thread?.stop()
         await thread?.join()
     }
@@ -140,27 +259,24 @@ final class RabbitMQConnection: Sendable {
 
     /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
     func end(_ error: EventsError, unwritten: Int = 0) {
-        hasEnded.store(true, ordering: .releasing)
-        let (waiting, calls, consumers) = shared.withLock { state in
-            var waiting: [Waiting] = []
-            switch state.status {
-            case .connecting(let all):
-                waiting = Array(all.values)
-                state.status = .closed(error)
-            case .open: state.status = .closed(error)
-            case .closed: break
-            }
+        let isOpen = shared.withLock { $0.state == .open || $0.state == .blocked }
+        change(to: .closed, error)
+        let (waiting, calls, consumers) = shared.withLock { shared in
+            shared.isHopeless = true
             defer {
-                state.calls = [:]
-                state.consumers = [:]
+                shared.waiting = [:]
+                shared.calls = [:]
+                shared.consumers = [:]
             }
-            return (waiting, Array(state.calls.values), Array(state.consumers.values))
+            return (Array(shared.waiting.values), Array(shared.calls.values), Array(shared.consumers.values))
         }
         for entry in waiting { entry.continuation.resume(throwing: error) }
-        window.withLock { $0.fail(error, unwritten: unwritten) }.give()
+        answer { $0.close(error, unwritten: unwritten) }
         for call in calls { call.fail(error.code, error.message) }
         for consumer in consumers { consumer.fail(error) }
         for call in mailbox.close() { call.fail(error.code, error.message) }
+        // Nobody waits for a connection that is still being made.
+        if !isOpen { thread?.severSocket() }
     }
 
     // MARK: Calls
@@ -181,8 +297,12 @@ final class RabbitMQConnection: Sendable {
     }
 
     private func post(_ call: RemoteCall) -> RemoteCall {
-        shared.withLock { $0.calls[ObjectIdentifier(call)] = call }
-        switch mailbox.post(call) {
+        let hasRoom = shared.withLock { shared in
+            guard shared.calls.count < Self.callLimit else { return false }
+            shared.calls[ObjectIdentifier(call)] = call
+            return true
+        }
+        switch hasRoom ? mailbox.post(call) : .full {
         case .accepted:
             Watchdog.shared.look(by: call.deadline)
             wake()
@@ -191,10 +311,7 @@ final class RabbitMQConnection: Sendable {
             call.fail(.overloaded, "too many calls are waiting for the connection")
         case .closed:
             forget(call)
-            let error = shared.withLock { state -> EventsError? in
-                if case .closed(let error) = state.status { error } else { nil }
-            }
-            call.fail(error?.code ?? .connectionLost, error?.message ?? "the connection is closed")
+            call.fail(.closed, "the transport was closed")
         }
         return call
     }
@@ -204,6 +321,21 @@ final class RabbitMQConnection: Sendable {
     }
 
     func takeCalls() -> [RemoteCall] { mailbox.takeAll() }
+
+    /// What a new connection declares first.
+    var topology: Topology { shared.withLock { $0.topology } }
+
+    /// Remembers what was declared, once the broker has it.
+    func declared(_ request: RemoteCall.Request) {
+        shared.withLock { shared in
+            switch request {
+            case .declareExchange(let exchange): shared.topology.insert(exchange)
+            case .declareQueue(let queue): shared.topology.insert(queue)
+            case .bind(let binding): shared.topology.insert(binding)
+            default: break
+            }
+        }
+    }
 
     func add(_ consumer: Consumer) {
         shared.withLock { $0.consumers[ObjectIdentifier(consumer)] = consumer }
@@ -217,8 +349,7 @@ final class RabbitMQConnection: Sendable {
 
     func publish(deadline: ContinuousClock.Instant, _ message: () throws -> OutboundMessage) async throws -> Bool {
         let limit = MonotonicTime(deadline)
-        // Mostly the connection is open and there is room: neither costs a suspension then.
-        if !isOpen.load(ordering: .acquiring) { try await ready(deadline: deadline) }
+        // Mostly there is room: then this costs no suspension. Whether there is a connection does not matter yet.
         let admission = try window.withLock { try $0.tryAdmit() }
         if admission == nil { try await waitForRoom(limit) }
         let packed: PackedMessage
@@ -286,24 +417,21 @@ final class RabbitMQConnection: Sendable {
         }
         answers.give()
         var next = nextPublish
-        let (waiting, overdue) = shared.withLock { state in
-            var late: [Waiting] = []
-            if case .connecting(let all) = state.status {
-                late = all.values.filter { $0.deadline <= now }
-                let rest = all.filter { $0.value.deadline > now }
-                for entry in rest.values { next = min(next, entry.deadline) }
-                state.status = .connecting(waiting: rest)
-            }
-            let overdue = state.calls.values.filter { $0.deadline <= now }
-            for call in overdue { state.calls[ObjectIdentifier(call)] = nil }
-            for call in state.calls.values { next = min(next, call.deadline) }
-            return (late, Array(overdue))
+        let (waiting, overdue, reason) = shared.withLock { shared in
+            let late = shared.waiting.filter { $0.value.deadline <= now }
+            for id in late.keys { shared.waiting[id] = nil }
+            for entry in shared.waiting.values { next = min(next, entry.deadline) }
+            let overdue = shared.calls.values.filter { $0.deadline <= now }
+            for call in overdue { shared.calls[ObjectIdentifier(call)] = nil }
+            for call in shared.calls.values { next = min(next, call.deadline) }
+            return (Array(late.values), Array(overdue), shared.reason)
         }
-        for entry in waiting {
-            let error = EventsError(
-                .connectionFailed, "\(configuration) did not answer by the deadline", operation: "connect")
-            entry.continuation.resume(throwing: error)
-        }
+        let noConnection =
+            reason
+            ?? EventsError(
+                .connectionFailed, "\(configuration) did not answer by the deadline",
+                operation: "connect to \(configuration)")
+        for entry in waiting { entry.continuation.resume(throwing: noConnection) }
         for call in overdue { call.fail(.deadlineExceeded, "no answer by the deadline") }
         return next == .distantFuture ? nil : next
     }

@@ -8,7 +8,11 @@ internal import Synchronization
 /// It keeps one connection for publishing (and topology) and one for consuming, each on a thread of its own, opened when
 /// they are first needed: a broker that holds back publishers must not hold back acknowledgements.
 ///
-/// When a connection is lost, whatever was under way ends with a typed error, and the next call connects again.
+/// Each connection is supervised. When one is lost, or none can be made, it is tried again after a delay that grows, with
+/// jitter, on every node in turn; ``states()`` tells. What was declared through this transport is declared again. Publishes
+/// that are not confirmed are written again on the next connection, under the same message id, as long as their deadlines
+/// allow: a consumer may see one twice. Consumers end with ``SMAPEvents/EventsError/Code/connectionLost``, and
+/// ``SMAPEvents/EventSubscriber`` starts them again.
 public final class RabbitMQTransport: EventTransport, Service {
     private enum Slot {
         case idle
@@ -20,6 +24,7 @@ public final class RabbitMQTransport: EventTransport, Service {
     private let logger: Logger
     private let publishing = Mutex(Slot.idle)
     private let consuming = Mutex(Slot.idle)
+    private let observers = ConnectionObservers()
 
     /// Makes a transport; connections are opened when they are needed. Throws
     /// ``SMAPEvents/EventsError/Code/invalidConfiguration``.
@@ -51,15 +56,24 @@ public final class RabbitMQTransport: EventTransport, Service {
         }
     }
 
-    /// Connects, so that a wrong setting is noticed at once; then waits for graceful shutdown or cancellation, and
-    /// closes.
+    /// Connects, then waits for graceful shutdown or cancellation, and closes. While the broker is away it goes on trying:
+    /// ``health()`` is for probes.
+    ///
+    /// - Throws: ``SMAPEvents/EventsError/Code/accessRefused`` when the server refuses the credentials at start.
     public func run() async throws {
         do {
-            try await connection(publishing, name: "publish").ready(deadline: .now + configuration.connectTimeout)
+            try await cancelWhenGracefulShutdown { [self] in
+                while true {
+                    do {
+                        return try await connection(publishing, name: "publish").ready(deadline: .now + .seconds(3600))
+                    } catch let error as EventsError where error.isRetriable {}
+                }
+            }
             try? await gracefulShutdown()
             await close()
         } catch {
             await close()
+            if error is CancellationError { return }
             throw error
         }
     }
@@ -73,6 +87,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         ] {
             if case .connection(let connection) = slot { await connection.close(deadline: deadline) }
         }
+        observers.finish()
     }
 
     private func swap(_ slot: inout Slot) -> Slot {
@@ -83,15 +98,21 @@ public final class RabbitMQTransport: EventTransport, Service {
     private func connection(_ slot: borrowing Mutex<Slot>, name: String) throws -> RabbitMQConnection {
         try slot.withLock { slot in
             switch slot {
-            case .connection(let connection) where !connection.isClosed: return connection
+            case .connection(let connection): return connection
             case .closed: throw EventsError(.closed, "the transport is closed", operation: "connect")
-            case .idle, .connection:
-                let connection = try RabbitMQConnection(configuration, name: name, logger: logger)
+            case .idle:
+                let connection = try RabbitMQConnection(configuration, name: name, logger: logger) {
+                    [observers] in observers.tell($0)
+                }
                 slot = .connection(connection)
                 return connection
             }
         }
     }
+
+    /// What becomes of this transport's connections from now on, until it is closed. Of a reader that falls behind, the
+    /// oldest changes are dropped: at most 64 are kept.
+    public func states() -> AsyncStream<ConnectionChange> { observers.stream() }
 
     // MARK: EventTransport
 
@@ -115,8 +136,33 @@ public final class RabbitMQTransport: EventTransport, Service {
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
     ) async throws {
         _ = try await connection(publishing, name: "publish").call(
-            .bind(queue: queue, exchange: exchange, routingKey: routingKey), "bind \(queue) to \(exchange)",
-            deadline: deadline)
+            .bind(QueueBinding(queue: queue, exchange: exchange, routingKey: routingKey)),
+            "bind \(queue) to \(exchange)", deadline: deadline)
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
+        _ = try await connection(publishing, name: "publish")
+            .call(.checkExchange(name), "check exchange \(name)", deadline: deadline)
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+        let reply = try await connection(publishing, name: "publish")
+            .call(.checkQueue(queue), "check queue \(queue)", deadline: deadline)
+        guard case .queue(let status) = reply else { return QueueStatus(messages: 0, consumers: 0) }
+        return status
+    }
+
+    /// The health of the connection for publishing. It starts connecting if nobody has yet, and does not wait for it.
+    public func health() async -> Health {
+        do {
+            let (state, reason) = try connection(publishing, name: "publish").status
+            if state == .open { return Health() }
+            return Health(problems: ["publishing: \(state)" + (reason.map { ": \($0)" } ?? "")])
+        } catch {
+            return Health(problems: ["publishing: \(error)"])
+        }
     }
 
     /// See ``SMAPEvents/EventTransport``.
@@ -144,7 +190,10 @@ public final class RabbitMQTransport: EventTransport, Service {
         } catch {
             result = .failure(error)
         }
-        await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
+        // With its channel gone, there is nothing to close.
+        if consumer.isChannelOpen {
+            await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
+        }
         consumer.fail(EventsError(.closed, "the consumer has ended", operation: "consume from \(queue)"))
         return try result.get()
     }

@@ -10,7 +10,9 @@ final class RemoteCall: Sendable {
     enum Request: Sendable {
         case declareExchange(ExchangeDeclaration)
         case declareQueue(QueueDeclaration)
-        case bind(queue: QueueName, exchange: String, routingKey: String)
+        case bind(QueueBinding)
+        case checkExchange(String)
+        case checkQueue(QueueName)
         case consume(Consumer)
         case stopConsumer(Consumer)
         case closeConsumer(Consumer)
@@ -30,6 +32,9 @@ final class RemoteCall: Sendable {
     let request: Request
     let operation: String
     let deadline: MonotonicTime
+    /// Later calls have higher numbers: after a loss they are repeated in this order.
+    let number = RemoteCall.numbers.add(1, ordering: .relaxed).newValue
+    private static let numbers = Atomic<UInt64>(0)
     private let state = Mutex(State.new)
 
     init(_ request: Request, operation: String, deadline: ContinuousClock.Instant) {

@@ -102,7 +102,7 @@ private final class Bench: Sendable {
         _ = bench
     }
 
-    @Test func `when the connection is lost, what was written is unknown and the rest is unsent`() async throws {
+    @Test func `when the window closes, what was written is unknown and the rest is unsent`() async throws {
         let bench = Bench()
         var tasks: [Task<Void, Never>] = []
         for id in 1...4 { tasks.append(try await bench.submit(id)) }
@@ -110,7 +110,7 @@ private final class Bench: Sendable {
         #expect(bench.take(10) >= 1)
         let lost = EventsError(.connectionLost, "gone", operation: "test")
         // Of the second batch, not one byte was written of the last message.
-        _ = bench.answer { $0.fail(lost, unwritten: 1) }
+        _ = bench.answer { $0.close(lost, unwritten: 1) }
         for task in tasks { await task.value }
         let results = bench.results.withLock { $0 }
         #expect(results[1] == "unknownOutcome")
@@ -119,17 +119,126 @@ private final class Bench: Sendable {
         #expect(throws: EventsError.self) { try bench.admits() }
     }
 
-    @Test func `a closed channel fails the missing exchange's messages by name and the others as unknown`() async throws
+    @Test func `after a lost connection the unconfirmed is written again, in order, and the confirmed is not`()
+        async throws
+    {
+        let bench = Bench(messages: 4)
+        var tasks: [Task<Void, Never>] = []
+        for id in 1...4 { tasks.append(try await bench.submit(id)) }
+        #expect(bench.take() == 4)
+        _ = bench.answer { $0.confirmed(tag: 1, multiple: false, isNack: false) }
+        // Settled before an earlier one.
+        _ = bench.answer { $0.confirmed(tag: 3, multiple: false, isNack: false) }
+        bench.window.withLock { $0.returned(exchange: "x", routingKey: "a.b", messageID: "m4") }
+        _ = bench.answer {
+            $0.connectionLost(
+                EventsError(.connectionLost, "gone", operation: "test"), unwritten: 0, isPoisoned: false)
+        }
+        #expect(bench.results.withLock { $0.count } <= 2, "nobody is told of the loss")
+        let again = bench.window.withLock { $0.takeBatch(budget: 1 << 20) }
+        #expect(again.map { $0.matches(exchange: "x", routingKey: "a.b", messageID: "m2") } == [true, false])
+        #expect(again.map { $0.matches(exchange: "x", routingKey: "a.b", messageID: "m4") } == [false, true])
+        // Tags count from 1 again, and what was returned on the old channel may be routed on the new one.
+        _ = bench.answer { $0.confirmed(tag: 2, multiple: true, isNack: false) }
+        for task in tasks { await task.value }
+        #expect(bench.results.withLock { $0 } == [1: "confirmed", 2: "confirmed", 3: "confirmed", 4: "confirmed"])
+        #expect(bench.window.withLock { $0.isIdle && $0.count == 0 }, "all room has been given back, once")
+    }
+
+    @Test func `what may have been written is unknown at its deadline, although it waits to be written again`()
+        async throws
+    {
+        let bench = Bench()
+        let due = MonotonicTime.now.advanced(by: .seconds(10))
+        let tasks = [
+            try await bench.submit(1, deadline: due), try await bench.submit(2, deadline: due),
+            try await bench.submit(3, deadline: due),
+        ]
+        #expect(bench.window.withLock { $0.takeBatch(budget: 1).count } == 1)
+        #expect(bench.window.withLock { $0.takeBatch(budget: 1).count } == 1)
+        _ = bench.answer {
+            $0.connectionLost(
+                EventsError(.connectionLost, "gone", operation: "test"), unwritten: 1, isPoisoned: false)
+        }
+        _ = bench.answer { $0.expire(now: due) }
+        for task in tasks { await task.value }
+        #expect(bench.results.withLock { $0 } == [1: "unknownOutcome", 2: "unsent", 3: "unsent"])
+        #expect(bench.window.withLock { $0.isIdle && $0.count == 0 })
+    }
+
+    @Test func `a caller that was cancelled or is late is not published again`() async throws {
+        let bench = Bench()
+        let due = MonotonicTime.now.advanced(by: .seconds(10))
+        let tasks = [
+            try await bench.submit(1), try await bench.submit(2, deadline: due), try await bench.submit(3),
+        ]
+        _ = bench.take()
+        _ = bench.answer { $0.cancel(1) }
+        _ = bench.answer { $0.expire(now: due) }
+        _ = bench.answer {
+            $0.connectionLost(
+                EventsError(.connectionLost, "gone", operation: "test"), unwritten: 0, isPoisoned: false)
+        }
+        let again = bench.window.withLock { $0.takeBatch(budget: 1 << 20) }
+        #expect(again.count == 1)
+        #expect(again.first?.matches(exchange: "x", routingKey: "a.b", messageID: "m3") == true)
+        _ = bench.answer { $0.confirmed(tag: 1, multiple: false, isNack: false) }
+        for task in tasks { await task.value }
+        #expect(bench.results.withLock { $0 } == [1: "cancelled", 2: "unknownOutcome", 3: "confirmed"])
+        #expect(bench.window.withLock { $0.count } == 0)
+    }
+
+    @Test func `what the broker closes the connection for is not written again`() async throws {
+        let bench = Bench()
+        let task = try await bench.submit(1)
+        _ = bench.take()
+        let later = try await bench.submit(2)
+        _ = bench.answer {
+            $0.connectionLost(
+                EventsError(.protocolViolation, "bad frame", operation: "test"), unwritten: 0, isPoisoned: true)
+        }
+        await task.value
+        #expect(bench.results.withLock { $0 } == [1: "unknownOutcome"])
+        #expect(bench.take() == 1)
+        _ = bench.answer { $0.confirmed(tag: 1, multiple: false, isNack: false) }
+        await later.value
+        #expect(bench.results.withLock { $0[2] } == "confirmed")
+    }
+
+    @Test func `a server that refuses us refuses callers at once, until a connection opens`() async throws {
+        let bench = Bench()
+        let task = try await bench.submit(1)
+        _ = bench.answer { $0.refuse(EventsError(.accessRefused, "no", operation: "test")) }
+        await task.value
+        #expect(bench.results.withLock { $0 } == [1: "accessRefused"])
+        #expect(throws: EventsError.self) { try bench.admits() }
+        bench.window.withLock { $0.connected() }
+        #expect(try bench.admits())
+    }
+
+    @Test func `a closed channel fails the missing exchange's messages by name, and the others are written again`()
+        async throws
     {
         let bench = Bench()
         var tasks = [try await bench.submit(1), try await bench.submit(2, exchange: "missing")]
         _ = bench.take()
         tasks.append(try await bench.submit(3))
         _ = bench.answer { $0.channelClosed("no exchange", refused: ("missing", .notFound)) }
-        #expect(bench.take() == 1, "what was not sent goes out on the new channel")
-        _ = bench.answer { $0.confirmed(tag: 1, multiple: false, isNack: false) }
+        #expect(bench.take() == 2, "they go out on the new channel")
+        _ = bench.answer { $0.confirmed(tag: 2, multiple: true, isNack: false) }
         for task in tasks { await task.value }
-        #expect(bench.results.withLock { $0 } == [1: "unknownOutcome", 2: "exchangeNotFound", 3: "confirmed"])
+        #expect(bench.results.withLock { $0 } == [1: "confirmed", 2: "exchangeNotFound", 3: "confirmed"])
+    }
+
+    @Test func `where the broker does not say which message closed the channel, none is written again`() async throws {
+        let bench = Bench()
+        let tasks = [try await bench.submit(1), try await bench.submit(2)]
+        _ = bench.take()
+        _ = bench.answer { $0.channelClosed("invalid message", refused: ("other", .topologyConflict)) }
+        for task in tasks { await task.value }
+        #expect(bench.results.withLock { $0 } == [1: "unknownOutcome", 2: "unknownOutcome"])
+        #expect(bench.take() == 0)
+        #expect(bench.window.withLock { $0.count } == 0)
     }
 
     @Test func `deadlines end callers, and room is given back only by the broker`() async throws {

@@ -14,6 +14,7 @@ package final class DeliveryBuffer: Sendable {
         var deliveries: Deque<InboundDelivery> = []
         var waiting: Deque<Waiting> = []
         var lastID: UInt64 = 0
+        var watchers: [UInt64: CheckedContinuation<Void, any Error>] = [:]
         /// Set once no more deliveries are handed out: nil inside stands for an orderly stop.
         var end: EventsError??
     }
@@ -64,15 +65,41 @@ package final class DeliveryBuffer: Sendable {
         waiting?.continuation.resume(returning: delivery)
     }
 
+    /// Returns after an orderly end; throws why it ended otherwise.
+    package func untilEnded() async throws {
+        let id = state.withLock { state in
+            state.lastID += 1
+            return state.lastID
+        }
+        try await withTaskCancellationHandler {
+            try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Void, any Error>) in
+                let result = state.withLock { state -> Result<Void, any Error>? in
+                    if Task.isCancelled { return .failure(CancellationError()) }
+                    if let end = state.end { return end.map { .failure($0) } ?? .success(()) }
+                    state.watchers[id] = continuation
+                    return nil
+                }
+                if let result { continuation.resume(with: result) }
+            }
+        } onCancel: {
+            let watcher = state.withLock { $0.watchers.removeValue(forKey: id) }
+            watcher?.resume(throwing: CancellationError())
+        }
+    }
+
     /// Ends the stream: with an error, or in order. The first end stands.
     package func end(with error: EventsError?) {
-        let waiting = state.withLock { state in
-            guard state.end == nil else { return Deque<Waiting>() }
+        let (waiting, watchers) = state.withLock { state in
+            guard state.end == nil else { return (Deque<Waiting>(), [CheckedContinuation<Void, any Error>]()) }
             state.end = .some(error)
             state.deliveries = []
-            defer { state.waiting = [] }
-            return state.waiting
+            defer {
+                state.waiting = []
+                state.watchers = [:]
+            }
+            return (state.waiting, Array(state.watchers.values))
         }
+        for watcher in watchers { watcher.resume(with: error.map { .failure($0) } ?? .success(())) }
         for entry in waiting {
             if let error {
                 entry.continuation.resume(throwing: error)

@@ -14,6 +14,15 @@ public protocol EventTransport: Sendable {
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant)
         async throws
 
+    /// Asks whether an exchange exists, and changes nothing. Throws ``EventsError/Code/notFound``.
+    func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws
+
+    /// Asks what a queue holds, and changes nothing. Throws ``EventsError/Code/notFound``.
+    func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus
+
+    /// Whether events can be published now.
+    func health() async -> Health
+
     /// Publishes one message, and returns once the broker has taken responsibility for it.
     ///
     /// - Parameter message: Makes the message, once there is room for it: so what waits are callers, not messages. What
@@ -49,6 +58,9 @@ public protocol TransportConsumer: Sendable {
     /// Settles a delivery. Throws ``EventsError/Code/deliveryExpired`` when it is settled already or its channel is
     /// gone; then the broker delivers it again.
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws
+
+    /// Returns once the consumer has been stopped; throws why it ended otherwise, even if nobody waits for a delivery.
+    func untilEnded() async throws
 
     /// Ends the stream of deliveries. What was delivered can still be settled.
     func stop() async

@@ -107,6 +107,25 @@ public final class InMemoryBroker: EventTransport {
     }
 
     /// See ``SMAPEvents/EventTransport``.
+    public func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
+        guard state.withLock({ $0.exchanges[name] != nil }) else {
+            throw EventsError(.notFound, "no exchange '\(name)'", operation: "check exchange \(name)")
+        }
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+        let entry = state.withLock { $0.queues[queue] }
+        guard let entry else {
+            throw EventsError(.notFound, "no queue '\(queue)'", operation: "check queue \(queue)")
+        }
+        return QueueStatus(messages: entry.ready.count, consumers: entry.consumers.count)
+    }
+
+    /// Always healthy: there is nothing that could fail.
+    public func health() async -> Health { Health() }
+
+    /// See ``SMAPEvents/EventTransport``.
     public func publish(
         deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
     ) async throws -> Bool {
@@ -155,6 +174,18 @@ public final class InMemoryBroker: EventTransport {
                 with: EventsError(
                     .subscriptionCancelled, "the broker has cancelled the consumer: its queue is gone",
                     operation: "consume from \(queue)"))
+        }
+    }
+
+    /// Ends all consumers as a lost connection does, with ``SMAPEvents/EventsError/Code/connectionLost``: what they have
+    /// not settled comes again, and they cannot settle it any more.
+    public func interrupt() {
+        let consumers = state.withLock { $0.queues.values.flatMap(\.consumers) }
+        for consumer in consumers {
+            consumer.buffer.end(
+                with: EventsError(
+                    .connectionLost, "the connection was interrupted", operation: "consume from \(consumer.queue)"))
+            close(consumer)
         }
     }
 
@@ -274,6 +305,8 @@ final class InMemoryConsumer: TransportConsumer {
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws {
         try broker.settle(delivery.tag, of: self, settlement)
     }
+
+    func untilEnded() async throws { try await buffer.untilEnded() }
 
     func stop() async { broker.stop(self) }
 }

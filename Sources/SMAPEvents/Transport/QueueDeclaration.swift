@@ -1,34 +1,3 @@
-/// An exchange to be declared. Durable, not auto-delete, not internal.
-public struct ExchangeDeclaration: Sendable, Hashable {
-    /// How an exchange routes.
-    public enum Kind: String, Sendable {
-        /// By pattern.
-        case topic
-        /// To every queue.
-        case fanout
-        /// By equal key.
-        case direct
-    }
-
-    /// The exchange's name.
-    public var name: String
-    /// How it routes.
-    public var kind: Kind
-
-    /// Describes an exchange.
-    public init(name: String, kind: Kind) {
-        self.name = name
-        self.kind = kind
-    }
-
-    /// `smap.events`: topic.
-    public static let events = ExchangeDeclaration(name: ExchangeName.events, kind: .topic)
-    /// `smtp_send_email_exc`: fanout.
-    public static let legacyEmail = ExchangeDeclaration(name: ExchangeName.legacyEmail, kind: .fanout)
-    /// `smap.dlx`: direct.
-    public static let deadLetters = ExchangeDeclaration(name: ExchangeName.deadLetters, kind: .direct)
-}
-
 /// A queue to be declared. Durable, not exclusive, not auto-delete.
 public struct QueueDeclaration: Sendable, Hashable {
     /// How a queue is stored.
@@ -46,29 +15,36 @@ public struct QueueDeclaration: Sendable, Hashable {
     /// Whether messages that are rejected go to ``QueueName/deadLetterQueue`` through `smap.dlx`. On quorum queues at
     /// least once, which needs RabbitMQ 3.10's feature flag `stream_queue`; on classic ones at most once.
     public var deadLetters: Bool
+    /// More arguments, by their names at the broker, such as `x-message-ttl` or `x-max-length`. They win over those that
+    /// the other settings stand for.
+    public var additionalArguments: [String: MessageProperties.HeaderValue]
 
     /// Describes a queue.
-    public init(_ name: QueueName, kind: Kind = .quorum, deadLetters: Bool = false) {
+    public init(
+        _ name: QueueName, kind: Kind = .quorum, deadLetters: Bool = false,
+        additionalArguments: [String: MessageProperties.HeaderValue] = [:]
+    ) {
         self.name = name
         self.kind = kind
         self.deadLetters = deadLetters
+        self.additionalArguments = additionalArguments
     }
 
     /// The arguments that go with the declaration.
     ///
     /// At-least-once dead-lettering holds only with `reject-publish` beside the strategy; lacking it, the broker falls
     /// back silently (RabbitMQ guide, "Quorum Queues: Dead Lettering").
-    public var arguments: [String: String] {
-        var arguments = ["x-queue-type": kind.rawValue]
+    public var arguments: [String: MessageProperties.HeaderValue] {
+        var arguments: [String: MessageProperties.HeaderValue] = ["x-queue-type": .string(kind.rawValue)]
         if deadLetters {
-            arguments["x-dead-letter-exchange"] = ExchangeName.deadLetters
-            arguments["x-dead-letter-routing-key"] = name.rawValue
+            arguments["x-dead-letter-exchange"] = .string(ExchangeName.deadLetters)
+            arguments["x-dead-letter-routing-key"] = .string(name.rawValue)
             if kind == .quorum {
-                arguments["x-dead-letter-strategy"] = "at-least-once"
-                arguments["x-overflow"] = "reject-publish"
+                arguments["x-dead-letter-strategy"] = .string("at-least-once")
+                arguments["x-overflow"] = .string("reject-publish")
             }
         }
-        return arguments
+        return arguments.merging(additionalArguments) { $1 }
     }
 }
 
