@@ -38,7 +38,7 @@ func setOption(_ descriptor: Int32, _ level: Int32, _ option: Int32, _ value: In
 }
 
 /// Makes a fresh socket ready for a connection thread: non-blocking, closed on exec, no delay, no SIGPIPE.
-func prepare(socket descriptor: Int32) {
+package func prepare(socket descriptor: Int32) {
     _ = fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) | O_NONBLOCK)
     _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
     setOption(descriptor, tcpProtocol, TCP_NODELAY, 1)
@@ -77,11 +77,11 @@ extension Socket {
 }
 
 /// A descriptor that becomes readable when another thread asks for attention: `eventfd`, or a pipe on Darwin.
-final class Wakeup: Sendable {
-    let readEnd: Int32
+package final class Wakeup: Sendable {
+    package let readEnd: Int32
     private let writeEnd: Int32
 
-    init() throws(SocketError) {
+    package init() throws(SocketError) {
         #if os(Linux)
         let descriptor = smap_eventfd()
         guard descriptor >= 0 else { throw SocketError(.outOfDescriptors, describe(errno: errno)) }
@@ -104,13 +104,13 @@ final class Wakeup: Sendable {
         if writeEnd != readEnd { _ = close(writeEnd) }
     }
 
-    func signal() {
+    package func signal() {
         // A full counter or pipe means that a wake-up is already under way.
         var one: UInt64 = 1
         _ = write(writeEnd, &one, MemoryLayout<UInt64>.size)
     }
 
-    func drain() {
+    package func drain() {
         var buffer: (UInt64, UInt64, UInt64, UInt64) = (0, 0, 0, 0)
         while read(readEnd, &buffer, MemoryLayout.size(ofValue: buffer)) == MemoryLayout.size(ofValue: buffer) {}
     }
@@ -118,7 +118,7 @@ final class Wakeup: Sendable {
 
 /// Starts a detached thread with a stack of the given size, with every signal blocked: signals are for the process's
 /// own threads to handle.
-func startThread(name: String, stackSize: Int, _ body: @escaping @Sendable () -> Void) throws(SocketError) {
+package func startThread(name: String, stackSize: Int, _ body: @escaping @Sendable () -> Void) throws(SocketError) {
     final class Start: Sendable {
         let name: String
         let body: @Sendable () -> Void

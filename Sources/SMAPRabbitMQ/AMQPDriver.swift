@@ -102,7 +102,7 @@ final class AMQPDriver: ConnectionDriver {
 
     /// Declares again what was declared on the connections before this one.
     private func restoreTopology() throws {
-        let topology = connection.topology
+        let topology = connection.topology.current
         let requests: [RemoteCall.Request] =
             topology.exchanges.map { .declareExchange($0) } + topology.queues.map { .declareQueue($0) }
             + topology.bindings.map { .bind($0) }
@@ -507,7 +507,7 @@ final class AMQPDriver: ConnectionDriver {
 
     private func begin(_ call: RemoteCall) throws {
         try begin(call) { [self] result in
-            if case .success = result { connection.declared(call.request) }
+            if case .success = result { connection.topology.insert(call.request) }
             answer(call, result)
         }
     }

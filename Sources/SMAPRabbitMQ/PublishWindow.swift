@@ -144,7 +144,8 @@ struct PublishWindow {
         if let index = waiting.firstIndex(where: { $0.id == id }) {
             answers.admissions.append((waiting.remove(at: index).continuation, .failure(CancellationError())))
         } else if let index = entries.firstIndex(where: { $0.id == id }),
-            let continuation = entries[index].continuation.take() {
+            let continuation = entries[index].continuation.take()
+        {
             answers.publishes.append((continuation, .failure(CancellationError())))
             if index >= sentCount { free(entries.remove(at: index)) }
         }

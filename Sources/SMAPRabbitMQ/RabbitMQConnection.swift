@@ -31,8 +31,6 @@ final class RabbitMQConnection: Sendable {
         var lastID: UInt64 = 0
         var calls: [ObjectIdentifier: RemoteCall] = [:]
         var consumers: [ObjectIdentifier: Consumer] = [:]
-        /// What was declared here, to be declared again after a loss: a broker may have come back empty.
-        var topology = Topology()
     }
 
     private static let callLimit = 1024
@@ -40,6 +38,7 @@ final class RabbitMQConnection: Sendable {
     let configuration: RabbitMQConfiguration
     let name: String
     let logger: Logger
+    let topology: DeclaredTopology
     private let mailbox = Mailbox<RemoteCall>(capacity: callLimit)
     private let window: Mutex<PublishWindow>
     private let shared = Mutex(Shared())
@@ -53,12 +52,13 @@ final class RabbitMQConnection: Sendable {
     ///
     /// - Parameter observe: Told of each change of state, on the connection's thread; it must not block.
     init(
-        _ configuration: RabbitMQConfiguration, name: String, logger: Logger,
+        _ configuration: RabbitMQConfiguration, name: String, logger: Logger, topology: DeclaredTopology,
         observe: @escaping @Sendable (ConnectionChange) -> Void = { _ in }
     ) throws {
         self.configuration = configuration
         self.name = name
         self.logger = logger
+        self.topology = topology
         self.observe = observe
         self.recoveries = Counter(label: "events_connection_recoveries_total", dimensions: [("connection", name)])
         self.openGauge = Gauge(label: "events_connection_open", dimensions: [("connection", name)])
@@ -321,21 +321,6 @@ final class RabbitMQConnection: Sendable {
     }
 
     func takeCalls() -> [RemoteCall] { mailbox.takeAll() }
-
-    /// What a new connection declares first.
-    var topology: Topology { shared.withLock { $0.topology } }
-
-    /// Remembers what was declared, once the broker has it.
-    func declared(_ request: RemoteCall.Request) {
-        shared.withLock { shared in
-            switch request {
-            case .declareExchange(let exchange): shared.topology.insert(exchange)
-            case .declareQueue(let queue): shared.topology.insert(queue)
-            case .bind(let binding): shared.topology.insert(binding)
-            default: break
-            }
-        }
-    }
 
     func add(_ consumer: Consumer) {
         shared.withLock { $0.consumers[ObjectIdentifier(consumer)] = consumer }

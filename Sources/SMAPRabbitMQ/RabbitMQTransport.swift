@@ -24,6 +24,7 @@ public final class RabbitMQTransport: EventTransport, Service {
     private let logger: Logger
     private let publishing = Mutex(Slot.idle)
     private let consuming = Mutex(Slot.idle)
+    private let topology = DeclaredTopology()
     private let observers = ConnectionObservers()
 
     /// Makes a transport; connections are opened when they are needed. Throws
@@ -101,7 +102,9 @@ public final class RabbitMQTransport: EventTransport, Service {
             case .connection(let connection): return connection
             case .closed: throw EventsError(.closed, "the transport is closed", operation: "connect")
             case .idle:
-                let connection = try RabbitMQConnection(configuration, name: name, logger: logger) {
+                let connection = try RabbitMQConnection(
+                    configuration, name: name, logger: logger, topology: topology
+                ) {
                     [observers] in observers.tell($0)
                 }
                 slot = .connection(connection)
@@ -114,18 +117,29 @@ public final class RabbitMQTransport: EventTransport, Service {
     /// oldest changes are dropped: at most 64 are kept.
     public func states() -> AsyncStream<ConnectionChange> { observers.stream() }
 
+    /// The connection to declare on: one that is there already, but not one that the broker blocks, since it reads nothing
+    /// from that. A connection that never publishes is never blocked.
+    private func topologyConnection() throws -> RabbitMQConnection {
+        let isConsuming = consuming.withLock { if case .idle = $0 { false } else { true } }
+        let isBlocked = publishing.withLock { slot in
+            if case .connection(let connection) = slot { connection.status.state == .blocked } else { false }
+        }
+        return isConsuming || isBlocked
+            ? try connection(consuming, name: "consume") : try connection(publishing, name: "publish")
+    }
+
     // MARK: EventTransport
 
     /// See ``SMAPEvents/EventTransport``.
     public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
-        _ = try await connection(publishing, name: "publish")
+        _ = try await topologyConnection()
             .call(.declareExchange(exchange), "declare exchange \(exchange.name)", deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     @discardableResult
     public func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-        let reply = try await connection(publishing, name: "publish")
+        let reply = try await topologyConnection()
             .call(.declareQueue(queue), "declare queue \(queue.name)", deadline: deadline)
         guard case .queue(let status) = reply else { return QueueStatus(messages: 0, consumers: 0) }
         return status
@@ -135,20 +149,20 @@ public final class RabbitMQTransport: EventTransport, Service {
     public func bind(
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
     ) async throws {
-        _ = try await connection(publishing, name: "publish").call(
+        _ = try await topologyConnection().call(
             .bind(QueueBinding(queue: queue, exchange: exchange, routingKey: routingKey)),
             "bind \(queue) to \(exchange)", deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
-        _ = try await connection(publishing, name: "publish")
+        _ = try await topologyConnection()
             .call(.checkExchange(name), "check exchange \(name)", deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-        let reply = try await connection(publishing, name: "publish")
+        let reply = try await topologyConnection()
             .call(.checkQueue(queue), "check queue \(queue)", deadline: deadline)
         guard case .queue(let status) = reply else { return QueueStatus(messages: 0, consumers: 0) }
         return status

@@ -57,9 +57,12 @@ import Testing
         let wrong = try await SharedStack.transport { $0.password = "s3cret" }
         let start = ContinuousClock.now
         let absent = try RabbitMQTransport(configuration: RabbitMQConfiguration(url: "amqp://u:s3cret@127.0.0.1:1"))
-        var error = await #expect(throws: EventsError.self) { try await publisher(absent).publish(mail) }
-        #expect(error?.code == .connectionFailed)
+        let short = PublishOptions(deadline: .seconds(2))
+        var error = await #expect(throws: EventsError.self) {
+            try await publisher(absent).publish(mail, options: short)
+        }
         #expect(error?.publishOutcome == .unsent)
+        #expect((error?.underlying as? EventsError)?.code == .connectionFailed)
         #expect(error?.description.contains("127.0.0.1:1") == true)
         #expect(error?.description.contains("s3cret") == false)
         error = await #expect(throws: EventsError.self) { try await publisher(wrong).publish(mail) }
@@ -94,9 +97,9 @@ import Testing
             let publisher = publisher(transport)
             try await publisher.declareExchanges()
             try await publisher.publish(mail)
-            let broker = try #require(stack.processIDs.dropFirst().first)
-            #expect(kill(broker, SIGSTOP) == 0)
-            defer { kill(broker, SIGCONT) }
+
+            stack.suspend(.rabbitMQ)
+            defer { stack.resume(.rabbitMQ) }
             let end = ContinuousClock.now + .seconds(8)
             var endings: [PublishOutcome: Int] = [:]
             await withTaskGroup(of: (PublishOutcome, Duration).self) { group in
@@ -129,7 +132,7 @@ import Testing
                 }
             }
             #expect(endings[.confirmed] == nil, "\(endings): the broker was stopped")
-            kill(broker, SIGCONT)
+            stack.resume(.rabbitMQ)
             await transport.close(timeout: .seconds(1))
         }
     }
@@ -143,12 +146,12 @@ import Testing
             let transport = try RabbitMQTransport(configuration: RabbitMQConfiguration(url: stack.rabbitMQURL))
             let publisher = publisher(transport)
             try await publisher.declareExchanges()
-            let broker = try #require(stack.processIDs.dropFirst().first)
+
             var endings: [PublishOutcome: Int] = [:]
             await withTaskGroup(of: PublishOutcome.self) { group in
                 for index in 0..<2_000 {
                     group.addTask {
-                        if index == 1_000 { kill(broker, SIGKILL) }
+                        if index == 1_000 { try? await stack.kill(.rabbitMQ) }
                         do {
                             try await publisher.publish(mail, options: PublishOptions(deadline: .seconds(5)))
                             return .confirmed

@@ -32,6 +32,10 @@ public final class EventPublisher: EventPublishing {
             ExchangeDeclaration(name: configuration.exchange, kind: .topic), deadline: .now + configuration.deadline)
     }
 
+    /// Whether events can be published now; if not, why. It does not wait: a connection that nobody has opened yet is
+    /// opened, and reported as connecting.
+    public func health() async -> Health { await transport.health() }
+
     /// See ``EventPublishing``.
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {

@@ -67,7 +67,8 @@ public struct Topology: Sendable, Hashable {
         for queue in queues {
             let arguments = queue.arguments
             let isQuorum = arguments["x-queue-type"] == .string("quorum")
-            if case .string(let target) = arguments["x-dead-letter-exchange"], !target.isEmpty, !known.contains(target) {
+            if case .string(let target) = arguments["x-dead-letter-exchange"], !target.isEmpty, !known.contains(target)
+            {
                 // RabbitMQ guide, "Dead Letter Exchanges": a missing exchange drops silently.
                 dangers.append(
                     "\(queue.name) sends its dead letters to the exchange \(target), which is not declared: "

@@ -1,5 +1,7 @@
 internal import ConnectionThread
 internal import SMAPEvents
+internal import Subprocess
+internal import Synchronization
 
 #if canImport(Glibc)
 internal import Glibc
@@ -38,10 +40,24 @@ public final class LocalStack: Sendable {
     public let redisPort: Int
     /// Where the servers keep their data and logs while they run.
     public let folder: String
-    /// The process ids of what was started: epmd, RabbitMQ, Redis.
-    public var processIDs: [Int32] { processes.map(\.processID) }
+    /// The process ids of what was started: epmd, RabbitMQ, Redis, and what was started again.
+    public var processIDs: [Int32] { processes.withLock { $0.all.map(\.processID) } }
 
-    private let processes: [LeashedProcess]
+    /// One of the servers.
+    public enum Server: Sendable {
+        case rabbitMQ
+        case redis
+    }
+
+    private struct Processes {
+        var all: [LeashedProcess]
+        var rabbitMQ: LeashedProcess?
+        var redis: LeashedProcess?
+    }
+
+    private let ports: [Int]
+    private let options: Options
+    private let processes: Mutex<Processes>
 
     /// The environment variables with which services find these servers.
     public var environment: [String: String] {
@@ -74,111 +90,195 @@ public final class LocalStack: Sendable {
     public static func start(_ options: Options = Options()) async throws -> LocalStack {
         let folder = try temporaryFolder()
         let ports = try freePorts(4)
-        var processes: [LeashedProcess] = []
+        var processes = Processes(all: [])
         do {
             if options.rabbitMQ {
-                processes += try await startRabbitMQ(
-                    folder: folder, port: ports[0], distribution: ports[1], epmd: ports[2])
+                try prepareRabbitMQ(folder: folder, port: ports[0])
+                processes.all.append(try await startNames(folder: folder, epmd: ports[2]))
+                let node = try await startRabbitMQ(folder: folder, ports: ports)
+                processes.all.append(node)
+                processes.rabbitMQ = node
             }
             if options.redis {
-                processes.append(try await startRedis(folder: folder, port: ports[3], options.redisArguments))
+                try makeFolder("\(folder)/redis")
+                let server = try await startRedis(folder: folder, port: ports[3], options.redisArguments)
+                processes.all.append(server)
+                processes.redis = server
             }
             let deadline = ContinuousClock.now + options.deadline
-            if options.redis {
-                try await waitUntilReady(
-                    port: ports[3], send: Array("PING\r\n".utf8), expect: UInt8(ascii: "+"), deadline: deadline,
-                    log: "\(folder)/redis/output.log")
-            }
-            if options.rabbitMQ {
-                // The protocol header; the node answers it with a method frame once it is up.
-                try await waitUntilReady(
-                    port: ports[0], send: Array("AMQP".utf8) + [0, 0, 9, 1], expect: 1, deadline: deadline,
-                    log: "\(folder)/rabbitmq/output.log")
-            }
+            if options.redis { try await waitUntilReady(.redis, folder, ports, deadline) }
+            if options.rabbitMQ { try await waitUntilReady(.rabbitMQ, folder, ports, deadline) }
         } catch {
-            for process in processes { await process.stop() }
+            for process in processes.all { await process.stop() }
             rmdir(folder)
             throw error
         }
-        return LocalStack(folder: folder, rabbitMQPort: ports[0], redisPort: ports[3], processes: processes)
+        return LocalStack(folder: folder, ports: ports, options: options, processes: processes)
     }
 
-    private init(folder: String, rabbitMQPort: Int, redisPort: Int, processes: [LeashedProcess]) {
+    private init(folder: String, ports: [Int], options: Options, processes: Processes) {
         self.folder = folder
-        self.rabbitMQPort = rabbitMQPort
-        self.redisPort = redisPort
-        self.processes = processes
-        rabbitMQURL = "amqp://guest:guest@127.0.0.1:\(rabbitMQPort)"
+        self.ports = ports
+        self.options = options
+        self.processes = Mutex(processes)
+        rabbitMQPort = ports[0]
+        redisPort = ports[3]
+        rabbitMQURL = "amqp://guest:guest@127.0.0.1:\(ports[0])"
     }
 
     /// Stops the servers, by their process ids, and removes their folder. Returns when they are gone.
     public func stop() async {
         await withTaskGroup { group in
-            for process in processes { group.addTask { await process.stop() } }
+            for process in processes.withLock({ $0.all }) { group.addTask { await process.stop() } }
         }
+    }
+
+    // MARK: Faults
+
+    /// Stops a server where it stands (SIGSTOP): its connections stay open, and nobody answers.
+    public func suspend(_ server: Server) { send(SIGSTOP, to: server) }
+
+    /// Lets a suspended server go on (SIGCONT).
+    public func resume(_ server: Server) { send(SIGCONT, to: server) }
+
+    /// Kills a server (SIGKILL), and returns when nobody listens on its port any more.
+    public func kill(_ server: Server) async throws {
+        send(SIGKILL, to: server)
+        let port = server == .rabbitMQ ? ports[0] : ports[3]
+        let deadline = ContinuousClock.now + options.deadline
+        while let descriptor = try? Socket.connect(
+            host: "127.0.0.1", port: port, deadline: MonotonicTime(.now + .seconds(1)))
+        {
+            Socket.close(descriptor)
+            guard ContinuousClock.now < deadline else {
+                throw EventsError(.deadlineExceeded, "port \(port) is still open", operation: "local stack")
+            }
+            try await Task.sleep(for: .milliseconds(10))
+        }
+    }
+
+    /// Starts a server that was killed, on its old port and with its old data, and returns when it answers.
+    public func restart(_ server: Server) async throws {
+        let process =
+            switch server {
+            case .rabbitMQ: try await Self.startRabbitMQ(folder: folder, ports: ports)
+            case .redis: try await Self.startRedis(folder: folder, port: ports[3], options.redisArguments)
+            }
+        processes.withLock { processes in
+            // The old one stays in the list: its shell removes the folder at the end, as the new one's does.
+            processes.all.append(process)
+            if server == .rabbitMQ { processes.rabbitMQ = process } else { processes.redis = process }
+        }
+        try await Self.waitUntilReady(server, folder, ports, .now + options.deadline)
+    }
+
+    /// Runs `rabbitmqctl` against the private node, and returns what it prints.
+    ///
+    /// Throws ``SMAPEvents/EventsError/Code/protocolViolation`` when it exits with another code than 0.
+    @discardableResult
+    public func rabbitMQControl(_ arguments: String...) async throws -> String {
+        let program = try Self.find(
+            "rabbitmqctl", in: Self.rabbitMQFolders, package: "rabbitmq-server (apt-get) or rabbitmq (brew)")
+        let result = try await Subprocess.run(
+            .name("sh"),
+            arguments: Arguments(
+                ["-c", "exec \"$@\" 2>&1", "ctl", program, "-q", "-n", Self.nodeName(ports)] + arguments),
+            environment: .inherit.updating([
+                "HOME": "\(folder)/rabbitmq", "ERL_EPMD_PORT": String(ports[2]),
+            ]), output: .string(limit: 1 << 20), error: .discarded)
+        let text = result.standardOutput
+        guard result.terminationStatus.isSuccess else {
+            throw EventsError(.protocolViolation, text, operation: "rabbitmqctl \(arguments.first ?? "")")
+        }
+        return text
+    }
+
+    private func send(_ signal: Int32, to server: Server) {
+        let process = processes.withLock { server == .rabbitMQ ? $0.rabbitMQ : $0.redis }
+        guard let process else { return }
+        #if canImport(Glibc)
+        _ = Glibc.kill(process.processID, signal)
+        #elseif canImport(Musl)
+        _ = Musl.kill(process.processID, signal)
+        #else
+        _ = Darwin.kill(process.processID, signal)
+        #endif
     }
 
     // MARK: Servers
 
-    private static func startRabbitMQ(
-        folder: String, port: Int, distribution: Int, epmd: Int
-    ) async throws
-        -> [LeashedProcess]
-    {
-        // The script on the PATH switches to the user rabbitmq; this one runs as whoever calls it.
-        let server = try find(
-            "rabbitmq-server",
-            in: [
-                "/usr/lib/rabbitmq/bin", "/opt/homebrew/opt/rabbitmq/sbin", "/usr/local/opt/rabbitmq/sbin",
-                "/opt/rabbitmq/sbin",
-            ], package: "rabbitmq-server (apt-get) or rabbitmq (brew)")
-        let daemon = try find("epmd", in: searchPath, package: "erlang-base (apt-get) or erlang (brew)")
+    private static let rabbitMQFolders = [
+        "/usr/lib/rabbitmq/bin", "/opt/homebrew/opt/rabbitmq/sbin", "/usr/local/opt/rabbitmq/sbin",
+        "/opt/rabbitmq/sbin",
+    ]
+
+    private static func nodeName(_ ports: [Int]) -> String { "smap\(ports[0])@localhost" }
+
+    private static func prepareRabbitMQ(folder: String, port: Int) throws {
         let home = "\(folder)/rabbitmq"
         try makeFolder(home)
+        try makeFolder("\(folder)/epmd")
         try write(
             """
             listeners.tcp.1 = 127.0.0.1:\(port)
             log.file.level = warning
             """, to: "\(home)/rabbitmq.conf")
         try write("[].\n", to: "\(home)/enabled_plugins")
+    }
+
+    /// Erlang's port mapper, on a port of its own: the node would leave one behind.
+    private static func startNames(folder: String, epmd: Int) async throws -> LeashedProcess {
+        let daemon = try find("epmd", in: searchPath, package: "erlang-base (apt-get) or erlang (brew)")
+        return try await LeashedProcess(
+            [daemon, "-address", "127.0.0.1", "-port", String(epmd)], environment: [:],
+            folder: "\(folder)/epmd", patience: 20)
+    }
+
+    private static func startRabbitMQ(folder: String, ports: [Int]) async throws -> LeashedProcess {
+        // The script on the PATH switches to the user rabbitmq; this one runs as whoever calls it.
+        let server = try find(
+            "rabbitmq-server", in: rabbitMQFolders, package: "rabbitmq-server (apt-get) or rabbitmq (brew)")
+        let home = "\(folder)/rabbitmq"
         let environment = [
-            "HOME": home,
-            // Started directly below, on a port of its own: the node would leave one behind.
-            "ERL_EPMD_PORT": String(epmd), "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "HOME": home, "ERL_EPMD_PORT": String(ports[2]), "ERL_EPMD_ADDRESS": "127.0.0.1",
             // Makes the script become the node, so that the process id is the node's.
             "RUNNING_UNDER_SYSTEMD": "1",
-            "RABBITMQ_NODENAME": "smap\(port)@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_NODE_PORT": String(port),
-            "RABBITMQ_DIST_PORT": String(distribution),
+            "RABBITMQ_NODENAME": nodeName(ports),
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_NODE_PORT": String(ports[0]),
+            "RABBITMQ_DIST_PORT": String(ports[1]),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             "RABBITMQ_MNESIA_BASE": "\(home)/mnesia", "RABBITMQ_LOG_BASE": "\(home)/log",
             "RABBITMQ_CONFIG_FILE": "\(home)/rabbitmq.conf",
             "RABBITMQ_ENABLED_PLUGINS_FILE": "\(home)/enabled_plugins", "RABBITMQ_PID_FILE": "\(home)/pid",
         ]
-        try makeFolder("\(folder)/epmd")
-        let names = try await LeashedProcess(
-            [daemon, "-address", "127.0.0.1", "-port", String(epmd)], environment: [:],
-            folder: "\(folder)/epmd", patience: 20)
-        do {
-            // Nothing of a private node is kept, so there is no reason to wait for it to shut down in order.
-            let node = try await LeashedProcess(
-                [server], environment: environment, folder: home, patience: 0)
-            return [names, node]
-        } catch {
-            await names.stop()
-            throw error
-        }
+        // Nothing of a private node is kept, so there is no reason to wait for it to shut down in order.
+        return try await LeashedProcess([server], environment: environment, folder: home, patience: 0)
     }
 
     private static func startRedis(folder: String, port: Int, _ arguments: [String]) async throws -> LeashedProcess {
         let server = try find("redis-server", in: searchPath, package: "redis-server (apt-get) or redis (brew)")
         let home = "\(folder)/redis"
-        try makeFolder(home)
         return try await LeashedProcess(
             [
                 server, "--port", String(port), "--bind", "127.0.0.1", "--dir", home, "--save", "", "--appendonly",
                 "no",
             ] + arguments, environment: [:], folder: home, patience: 20)
+    }
+
+    private static func waitUntilReady(
+        _ server: Server, _ folder: String, _ ports: [Int], _ deadline: ContinuousClock.Instant
+    ) async throws {
+        switch server {
+        case .redis:
+            try await waitUntilReady(
+                port: ports[3], send: Array("PING\r\n".utf8), expect: UInt8(ascii: "+"), deadline: deadline,
+                log: "\(folder)/redis/output.log")
+        case .rabbitMQ:
+            // The protocol header; the node answers it with a method frame once it is up.
+            try await waitUntilReady(
+                port: ports[0], send: Array("AMQP".utf8) + [0, 0, 9, 1], expect: 1, deadline: deadline,
+                log: "\(folder)/rabbitmq/output.log")
+        }
     }
 
     private static func waitUntilReady(
