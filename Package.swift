@@ -77,7 +77,7 @@ let package = Package(
             name: "smap-events",
             dependencies: [
                 "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", argumentParser, configuration,
-                logging, signals, subprocess,
+                lifecycle, logging, signals, subprocess,
             ],
             swiftSettings: settings
         ),

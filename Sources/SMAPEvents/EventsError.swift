@@ -41,6 +41,8 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let deadlineExceeded = Code("deadlineExceeded", retriable: true)
         /// The server could not be reached.
         public static let connectionFailed = Code("connectionFailed", retriable: true)
+        /// The encrypted connection was refused, by us or by the server: the message says what for.
+        public static let tlsFailed = Code("tlsFailed")
         /// The connection ended while the operation was under way.
         public static let connectionLost = Code("connectionLost", retriable: true)
         /// The transport, store or subscription was closed by its owner.

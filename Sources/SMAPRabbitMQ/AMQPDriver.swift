@@ -50,19 +50,7 @@ final class AMQPDriver: ConnectionDriver {
     init(connection: RabbitMQConnection, thread: ConnectionThread, name: String) throws {
         let configuration = connection.configuration
         let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
-        let descriptor = try Self.connect(configuration, deadline: deadline)
-        thread.guardSocket(descriptor)
-        guard let handle = amqp_new_connection() else {
-            Socket.close(descriptor)
-            throw AMQPFailure.unexpected("out of memory")
-        }
-        guard let socket = amqp_tcp_socket_new(handle) else {
-            Socket.close(descriptor)
-            amqp_destroy_connection(handle)
-            throw AMQPFailure.unexpected("out of memory")
-        }
-        // From here on the library owns the descriptor, and closes it when the connection is destroyed.
-        amqp_tcp_socket_set_sockfd(socket, descriptor)
+        let (handle, descriptor) = try Self.connect(configuration, thread, deadline)
         self.connection = connection
         self.descriptor = descriptor
         self.handle = handle
@@ -84,16 +72,32 @@ final class AMQPDriver: ConnectionDriver {
         connection.opened()
     }
 
-    private static func connect(_ configuration: RabbitMQConfiguration, deadline: MonotonicTime) throws -> Int32 {
-        var failure = SocketError(.unresolved, "there is no node to connect to")
+    /// Connects to the first node that answers. The library owns the descriptor, and closes it with the connection.
+    private static func connect(
+        _ configuration: RabbitMQConfiguration, _ thread: ConnectionThread, _ deadline: MonotonicTime
+    ) throws -> (amqp_connection_state_t, Int32) {
+        var failure: any Error = SocketError(.unresolved, "there is no node to connect to")
         let nodes = try configuration.nodes
         for (index, node) in nodes.enumerated() {
-            do throws(SocketError) {
+            guard let handle = amqp_new_connection() else { throw AMQPFailure.unexpected("out of memory") }
+            do {
                 // A node that swallows packets must leave time for the next one.
-                return try Socket.connect(
-                    host: node.host, port: node.port,
-                    deadline: MonotonicTime.now.advanced(share: nodes.count - index, until: deadline))
+                let share = MonotonicTime.now.advanced(share: nodes.count - index, until: deadline)
+                if let tls = configuration.tls {
+                    try tls.open(handle, host: node.host, port: node.port, deadline: share)
+                } else {
+                    let descriptor = try Socket.connect(host: node.host, port: node.port, deadline: share)
+                    guard let socket = amqp_tcp_socket_new(handle) else {
+                        Socket.close(descriptor)
+                        throw AMQPFailure.unexpected("out of memory")
+                    }
+                    amqp_tcp_socket_set_sockfd(socket, descriptor)
+                }
+                let descriptor = amqp_get_sockfd(handle)
+                thread.guardSocket(descriptor)
+                return (handle, descriptor)
             } catch {
+                amqp_destroy_connection(handle)
                 failure = error
             }
         }

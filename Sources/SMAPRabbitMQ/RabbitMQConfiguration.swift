@@ -7,7 +7,7 @@ internal import SMAPEvents
 public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     /// The host's name or address. `RABBITMQ_HOST`, `localhost` by default.
     public var host: String
-    /// The port. `RABBITMQ_PORT`, 5672 by default.
+    /// The port. `RABBITMQ_PORT`, 5672 by default, 5671 with ``tls``.
     public var port: Int
     /// More nodes of the same cluster, `host` or `host:port`, tried in turn when one does not answer; none by default.
     /// `RABBITMQ_HOST` may list them all, separated by commas.
@@ -18,6 +18,12 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     public var password: String
     /// The virtual host. `RABBITMQ_VHOST`, `/` by default.
     public var virtualHost: String
+
+    /// How the connection is encrypted; nil, the default, for plain text. `amqps://` in a URL, or `RABBITMQ_TLS=true`.
+    public var tls: RabbitMQTLS?
+    /// Whether the password may be sent in plain text to a host that is not this one. Off by default.
+    /// `RABBITMQ_ALLOW_PLAINTEXT`.
+    public var allowsPlainText = false
 
     /// How long connecting to a node and logging in may take, 10 s by default.
     public var connectTimeout: Duration = .seconds(10)
@@ -53,18 +59,20 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         self.virtualHost = virtualHost
     }
 
-    /// Reads `amqp://user:password@host:port/vhost` (RabbitMQ URI Specification). Everything after the scheme is
+    /// Reads `amqp://user:password@host:port/vhost`, or `amqps://…` (RabbitMQ URI Specification). Everything after the scheme is
     /// optional; user, password and vhost are percent-encoded; without a vhost, or with an empty one, it is `/`.
     ///
     /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the part that is wrong and never quoting
-    ///   the URL. `amqps` is refused: TLS is not supported yet.
+    ///   the URL.
     public init(url: String) throws {
         self.init()
         let location = try ServerURL(parsing: url, setting: "RABBITMQ_URL")
         switch location.scheme {
         case "amqp": break
-        case "amqps": throw ServerURL.failure("RABBITMQ_URL", "amqps is not supported yet: TLS is to come")
-        default: throw ServerURL.failure("RABBITMQ_URL", "the scheme is not amqp")
+        case "amqps":
+            tls = RabbitMQTLS()
+            port = 5671
+        default: throw ServerURL.failure("RABBITMQ_URL", "the scheme is neither amqp nor amqps")
         }
         if let host = location.host { self.host = host }
         if let port = location.port { self.port = port }
@@ -82,9 +90,11 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         let reader = reader.scoped(to: "rabbitmq")
         if let url = reader.string(forKey: "url", isSecret: true), !url.isEmpty {
             try self.init(url: url)
+            try readTLS(reader)
             return
         }
         self.init()
+        try readTLS(reader)
         if let hosts = reader.string(forKey: "host"), !hosts.isEmpty {
             let names = hosts.split(separator: ",").map(String.init)
             host = names.first ?? ""
@@ -98,6 +108,52 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         if let password = reader.string(forKey: "password", isSecret: true) { self.password = password }
         if let virtualHost = reader.string(forKey: "vhost"), !virtualHost.isEmpty { self.virtualHost = virtualHost }
         try validate()
+    }
+
+    private mutating func readTLS(_ reader: ConfigReader) throws {
+        func flag(_ key: String, _ setting: String) throws -> Bool? {
+            guard let text = reader.string(forKey: ConfigKey(key)), !text.isEmpty else { return nil }
+            switch text.lowercased() {
+            case "true", "1", "yes", "on": return true
+            case "false", "0", "no", "off": return false
+            default: throw ServerURL.failure(setting, "it is true or false")
+            }
+        }
+        if let isPlainTextAllowed = try flag("allow.plaintext", "RABBITMQ_ALLOW_PLAINTEXT") {
+            allowsPlainText = isPlainTextAllowed
+        }
+        if try flag("tls", "RABBITMQ_TLS") == true, tls == nil {
+            tls = RabbitMQTLS()
+            if port == 5672 { port = 5671 }
+        }
+        let files = ["ca.file", "cert.file", "key.file"].map { key in
+            reader.string(forKey: ConfigKey(key)).flatMap { $0.isEmpty ? nil : $0 }
+        }
+        guard tls != nil else {
+            guard files.allSatisfy({ $0 == nil }) else {
+                throw ServerURL.failure("RABBITMQ_TLS", "there are certificates, but the connection is not encrypted")
+            }
+            return
+        }
+        tls?.authorityFile = files[0]
+        tls?.certificateFile = files[1]
+        tls?.privateKeyFile = files[2]
+    }
+
+    /// What must hold before a password is sent.
+    func validateForConnecting() throws {
+        try validate()
+        guard tls == nil, !allowsPlainText else { return }
+        for node in try nodes where !Self.isLoopback(node.host) {
+            throw ServerURL.failure(
+                "RABBITMQ_URL",
+                "the password would go to \(node.host) in plain text: use amqps, or allow it (RABBITMQ_ALLOW_PLAINTEXT)"
+            )
+        }
+    }
+
+    private static func isLoopback(_ host: String) -> Bool {
+        host == "localhost" || host == "::1" || (host.hasPrefix("127.") && host.allSatisfy { $0.isNumber || $0 == "." })
     }
 
     func validate() throws {
@@ -118,6 +174,11 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
             reconnectDelay > .zero && maximumReconnectDelay >= reconnectDelay, "reconnect delays",
             "the first is above zero, and the longest is not shorter")
         _ = try nodes
+        if let tls {
+            try require(
+                (tls.certificateFile == nil) == (tls.privateKeyFile == nil), "RABBITMQ_CERT_FILE",
+                "a certificate and its key come together")
+        }
     }
 
     /// All nodes, in the order in which they are tried.

@@ -199,7 +199,7 @@ final class RabbitMQConnection: Sendable {
     private func retryDelay(after failure: any Error) -> Duration? {
         let wasOpen = shared.withLock { $0.openedAt != nil }
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: !wasOpen)
-        let isHopeless = error.code == .accessRefused || error.code == .invalidConfiguration
+        let isHopeless = [.accessRefused, .invalidConfiguration, .tlsFailed].contains(error.code)
         let (failures, isClosed, waiting) = shared.withLock { shared -> (Int, Bool, [Waiting]) in
             if shared.state == .closed { return (0, true, []) }
             // One that worked for a while was lost by accident; one that is thrown out at once must wait longer.

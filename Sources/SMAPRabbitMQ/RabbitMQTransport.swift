@@ -30,9 +30,12 @@ public final class RabbitMQTransport: EventTransport, Service {
     /// Makes a transport; connections are opened when they are needed. Throws
     /// ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RabbitMQConfiguration, logger: Logger = .silent) throws {
-        try configuration.validate()
+        try configuration.validateForConnecting()
         self.configuration = configuration
         self.logger = logger
+        if configuration.tls?.verification == RabbitMQTLS.Verification.none {
+            logger.warning("the server's certificate is not verified")
+        }
     }
 
     deinit {

@@ -63,6 +63,16 @@ public final class RedisProgressStore: ProgressStore {
 
     // MARK: ProgressStore
 
+    /// Whether Redis answers a PING.
+    public func health(deadline: ContinuousClock.Instant = .now + .seconds(5)) async -> Health {
+        do {
+            _ = try await command(["PING"], "health", deadline)
+            return Health()
+        } catch {
+            return Health(problems: ["redis: \((error as? EventsError)?.description ?? "\(type(of: error))")"])
+        }
+    }
+
     /// See ``SMAPEvents/ProgressStore``.
     public func start(
         _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant

@@ -1,6 +1,7 @@
 import ArgumentParser
 import Configuration
 import Foundation
+import Logging
 import SMAPEvents
 import SMAPRabbitMQ
 import SMAPRedis
@@ -19,6 +20,13 @@ enum Console {
         FileHandle.standardError.write(Data(("smap-events: " + text + "\n").utf8))
     }
 
+    /// Tells on standard error what goes wrong meanwhile and is being mended.
+    static let logger: Logger = {
+        var logger = Logger(label: "smap-events") { _ in ConsoleLogHandler() }
+        logger.logLevel = .warning
+        return logger
+    }()
+
     static func json<Value: Encodable>(_ value: Value) throws -> String {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
@@ -33,6 +41,22 @@ enum Console {
             Console.error(error.description)
             throw ExitCode(1)
         }
+    }
+}
+
+/// Warnings and errors as lines for people.
+private struct ConsoleLogHandler: LogHandler {
+    var logLevel = Logger.Level.warning
+    var metadata: Logger.Metadata = [:]
+
+    subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+        get { metadata[key] }
+        set { metadata[key] = newValue }
+    }
+
+    func log(event: LogEvent) {
+        let details = (event.metadata ?? [:]).sorted { $0.key < $1.key }.map { " \($0.key)=\($0.value)" }.joined()
+        Console.error("\(event.message)\(details)")
     }
 }
 

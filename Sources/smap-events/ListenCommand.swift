@@ -1,7 +1,11 @@
 import ArgumentParser
 import Foundation
+import Logging
 import SMAPEvents
 import SMAPRabbitMQ
+import ServiceLifecycle
+import Synchronization
+import UnixSignals
 
 struct ListenCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -38,64 +42,69 @@ struct ListenCommand: AsyncParsableCommand {
     func run() async throws {
         try await Console.reporting {
             let queue = try QueueName(queue)
-            let subscription = EventSubscription(queue: queue, bindings: try bind.map { try TopicPattern($0) })
+            var subscription = EventSubscription(queue: queue, bindings: try bind.map { try TopicPattern($0) })
+            // In order, and with a small count one at a time: what is fetched ahead and not printed would come again,
+            // marked as redelivered, to whoever listens next.
+            subscription.concurrency = 1
+            subscription.prefetch = (count ?? .max) <= 1_000 ? 1 : 100
             let configuration = try Settings.rabbitMQ()
-            let printed = try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
-                try await EventSubscriber(
-                    transport: transport, subscription: subscription, router: EventRouter()
-                ).declare()
-                // With a small count, one at a time: what is fetched ahead and not printed would come again, marked as
-                // redelivered, to whoever listens next.
-                let prefetch = (count ?? .max) <= 1_000 ? 1 : 100
-                return try await transport.withConsumer(on: queue, prefetch: prefetch, deadline: .now + .seconds(30)) {
-                    try await printAll(from: $0)
-                }
+            let printed = try await RabbitMQTransport.withTransport(configuration: configuration) {
+                try await printAll(of: subscription, $0)
             }
             if let count, printed < count { throw ExitCode(1) }
         }
     }
 
-    private func printAll(from consumer: any TransportConsumer) async throws -> Int {
-        try await withThrowingTaskGroup(of: Int?.self) { group in
-            group.addTask {
-                var printed = 0
-                while printed < count ?? .max, let delivery = try await consumer.next() {
-                    guard try show(delivery) else {
-                        try consumer.settle(delivery, .reject)
-                        continue
-                    }
-                    printed += 1
-                    if printed == count { await consumer.stop() }
-                    try consumer.settle(delivery, .acknowledge)
-                }
-                return printed
+    /// Prints until there have been enough events, the time is up, or a signal comes. Returns how many there were.
+    private func printAll(of subscription: EventSubscription, _ transport: RabbitMQTransport) async throws -> Int {
+        let printed = Counter()
+        let (done, finish) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
+        var router = EventRouter()
+        router.on(matching: "#") { [count, json] delivery in
+            // Beyond the count it belongs to whoever listens next.
+            if printed.value.load(ordering: .relaxed) >= count ?? .max { return .retry(after: .zero) }
+            try Self.show(delivery, json: json)
+            if printed.value.add(1, ordering: .relaxed).newValue == count {
+                // Acknowledged only when the consumer is being stopped, so that the queue sends no other one.
+                finish.yield()
+                try? await gracefulShutdown()
+            }
+            return .acknowledge
+        }
+        let subscriber = EventSubscriber(
+            transport: transport, subscription: subscription, router: router, logger: Console.logger)
+        let group = ServiceGroup(
+            configuration: ServiceGroupConfiguration(
+                services: [.init(service: subscriber)], gracefulShutdownSignals: [.sigint, .sigterm],
+                logger: .silent))
+        try await withThrowingTaskGroup(of: Void.self) { tasks in
+            tasks.addTask { try await group.run() }
+            tasks.addTask {
+                for await _ in done { break }
+                await group.triggerGracefulShutdown()
             }
             if let timeout {
-                group.addTask {
-                    try? await Task.sleep(for: seconds(timeout))
-                    await consumer.stop()
-                    return nil
+                tasks.addTask {
+                    try await Task.sleep(for: seconds(timeout))
+                    await group.triggerGracefulShutdown()
                 }
             }
-            defer { group.cancelAll() }
-            while let result = try await group.next() {
-                if let result { return result }
-            }
-            return 0
+            defer { tasks.cancelAll() }
+            try await tasks.next()
+            // Whatever ended first, the group is what ends last.
+            finish.finish()
+            await group.triggerGracefulShutdown()
+            tasks.cancelAll()
         }
+        return printed.value.load(ordering: .relaxed)
     }
 
-    /// Prints an event. False if it is none.
-    private func show(_ delivery: InboundDelivery) throws -> Bool {
-        let envelope: EventEnvelope
-        do {
-            envelope = try EventEnvelope(
-                parsing: delivery.body, routingKey: delivery.routingKey,
-                timestamp: delivery.properties.timestamp ?? delivery.receivedAt)
-        } catch let error as EventsError {
-            Console.error("dead-lettered: \(error.message)")
-            return false
-        }
+    private final class Counter: Sendable {
+        let value = Atomic(0)
+    }
+
+    private static func show(_ delivery: EventDelivery<EventEnvelope>, json: Bool) throws {
+        let envelope = delivery.envelope
         let time = envelope.timestamp.formatted(Date.ISO8601FormatStyle(includingFractionalSeconds: true))
         // A JSON text has no raw line breaks inside strings, so those between its parts can be spaces.
         let data = String(
@@ -111,6 +120,5 @@ struct ListenCommand: AsyncParsableCommand {
             let again = delivery.isRedelivered ? "  (redelivered, attempt \(delivery.attempt))" : ""
             Console.line("\(time)  \(delivery.routingKey)  \(envelope.eventID)\(again)\n    \(data)")
         }
-        return true
     }
 }

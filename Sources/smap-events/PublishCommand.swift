@@ -3,6 +3,8 @@ import Dispatch
 import Foundation
 import SMAPEvents
 import SMAPRabbitMQ
+import Synchronization
+import UnixSignals
 
 struct PublishCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -120,6 +122,17 @@ struct PublishCommand: AsyncParsableCommand {
             return report.outcome == .confirmed
         }
         var isComplete = true
+        let isInterrupted = Interruption()
+        // On the first signal no more lines are read, and what is under way is reported.
+        let signals = await UnixSignalsSequence(trapping: .sigint, .sigterm)
+        let watcher = Task {
+            for await _ in signals {
+                isInterrupted.value.store(true, ordering: .releasing)
+                Console.error("interrupted: waiting for what is under way")
+                break
+            }
+        }
+        defer { watcher.cancel() }
         try await withThrowingTaskGroup(of: Report.self) { group in
             var running = 0
             func finishOne() async throws {
@@ -128,7 +141,7 @@ struct PublishCommand: AsyncParsableCommand {
                 if report.outcome != .confirmed { isComplete = false }
                 try show(report)
             }
-            for try await (number, line) in StandardInputLines() {
+            for try await (number, line) in StandardInputLines(isInterrupted: isInterrupted) {
                 guard !line.allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0D }) else { continue }
                 while running >= 1_000 { try await finishOne() }
                 running += 1
@@ -136,7 +149,7 @@ struct PublishCommand: AsyncParsableCommand {
             }
             while running > 0 { try await finishOne() }
         }
-        return isComplete
+        return isComplete && !isInterrupted.value.load(ordering: .acquiring)
     }
 
     private func single(_ publisher: any EventPublishing, _ obstacle: EventsError?) async -> Report {
@@ -198,6 +211,9 @@ private struct StandardInputLines: AsyncSequence {
         private var start = 0
         private var number = 0
         private var isAtEnd = false
+        private let isInterrupted: Interruption
+
+        init(isInterrupted: Interruption) { self.isInterrupted = isInterrupted }
 
         mutating func next() async throws -> Element? {
             while true {
@@ -214,7 +230,7 @@ private struct StandardInputLines: AsyncSequence {
                 }
                 buffer.removeFirst(start)
                 start = 0
-                let block = await Self.block()
+                let block = await Self.block(isInterrupted)
                 isAtEnd = block.isEmpty
                 buffer += block
                 guard buffer.count <= 16 << 20 else {
@@ -224,11 +240,17 @@ private struct StandardInputLines: AsyncSequence {
             }
         }
 
-        private static func block() async -> [UInt8] {
+        private static func block(_ isInterrupted: Interruption) async -> [UInt8] {
             await withCheckedContinuation { continuation in
                 DispatchQueue.global().async {
                     var bytes = [UInt8](repeating: 0, count: 64 * 1024)
                     var count = 0
+                    var entry = pollfd(fd: STDIN_FILENO, events: Int16(POLLIN), revents: 0)
+                    // A read cannot be called off; a poll that looks up now and then can.
+                    while !isInterrupted.value.load(ordering: .acquiring), poll(&entry, 1, 200) <= 0 {}
+                    guard !isInterrupted.value.load(ordering: .acquiring) else {
+                        return continuation.resume(returning: [])
+                    }
                     repeat { count = read(STDIN_FILENO, &bytes, bytes.count) } while count < 0 && errno == EINTR
                     continuation.resume(returning: Array(bytes.prefix(Swift.max(0, count))))
                 }
@@ -236,5 +258,12 @@ private struct StandardInputLines: AsyncSequence {
         }
     }
 
-    func makeAsyncIterator() -> Iterator { Iterator() }
+    let isInterrupted: Interruption
+
+    func makeAsyncIterator() -> Iterator { Iterator(isInterrupted: isInterrupted) }
+}
+
+/// Whether a signal has asked for an end.
+private final class Interruption: Sendable {
+    let value = Atomic(false)
 }

@@ -95,8 +95,8 @@ import Testing
         async throws
     {
         for (environment, command) in [
-            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["publish", "a.b"]),
-            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["listen", "--queue", "q.q", "--bind", "#"]),
+            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["publish", "a.b", "--deadline", "2"]),
+            (["RABBITMQ_URL": "amqp://u:s3cret@127.0.0.1:1"], ["health", "--deadline", "2"]),
             (["RABBITMQ_URL": "amqp://u:s3cret%@h"], ["publish", "a.b"]),
             (["REDIS_HOST": "127.0.0.1", "REDIS_PORT": "1", "REDIS_PASSWORD": "s3cret"], ["track", "show", "p"]),
         ] {

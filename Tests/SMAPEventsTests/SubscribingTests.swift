@@ -183,6 +183,8 @@ private let queue: QueueName = "test.queue"
         struct Dies: Error {}
         /// Dies between the confirm and the clearing.
         struct DyingStore: ProgressStore {
+            func health(deadline: ContinuousClock.Instant) async -> Health { Health() }
+
             let store: InMemoryProgressStore
             func start(
                 _ p: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant

@@ -18,7 +18,7 @@ import Testing
     }
 
     @Test(arguments: [
-        "", "localhost", "http://h", "amqps://u:s3cret@h", "amqp://u:s3cret@h:port", "amqp://u:s3cret@h:70000",
+        "", "localhost", "http://h", "amqpx://u:s3cret@h", "amqp://u:s3cret@h:port", "amqp://u:s3cret@h:70000",
         "amqp://u:s3cret%zz@h", "amqp://u:s3 cret@h", "amqp://u:s3cret%ff@h", "amqp://u:s3cret@[::1",
     ])
     func `a malformed URL is refused, and never quoted`(url: String) {

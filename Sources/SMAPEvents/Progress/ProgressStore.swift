@@ -4,6 +4,9 @@
 /// ``EventsError`` when the store cannot be reached or refuses; what they *decided* is in the verdict. Use
 /// ``ProgressTracker`` instead of calling a store directly.
 public protocol ProgressStore: Sendable {
+    /// Whether the store answers; if not, why.
+    func health(deadline: ContinuousClock.Instant) async -> Health
+
     /// Creates a project, unless it is there: ``ProgressUpdate/Verdict/started`` or ``ProgressUpdate/Verdict/exists``.
     /// - Parameter finishEventID: The id of its future `job.completed`.
     func start(

@@ -7,13 +7,22 @@ public import Foundation
 /// The AMQP properties of a message (AMQP 0-9-1, class basic). Short strings hold at most 255 bytes each.
 public struct MessageProperties: Sendable, Hashable {
     /// A header's value. Types that the wire knows and this does not are left out when reading.
-    public enum HeaderValue: Sendable, Hashable {
+    public enum HeaderValue: Sendable, Hashable, CustomStringConvertible {
         /// Text of any length.
         case string(String)
         /// Any of the wire's integers.
         case integer(Int64)
         /// A truth value.
         case boolean(Bool)
+
+        /// The value alone, as text.
+        public var description: String {
+            switch self {
+            case .string(let text): text
+            case .integer(let number): String(number)
+            case .boolean(let flag): String(flag)
+            }
+        }
     }
 
     /// `content_type`.

@@ -44,6 +44,9 @@ public final class InMemoryProgressStore: ProgressStore {
         state.withLock { state in _ = state.projects.removeValue(forKey: project) }
     }
 
+    /// Always healthy: there is nothing that could fail.
+    public func health(deadline: ContinuousClock.Instant) async -> Health { Health() }
+
     /// See ``SMAPEvents/ProgressStore``.
     public func start(
         _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant

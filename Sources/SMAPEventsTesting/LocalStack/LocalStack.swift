@@ -23,6 +23,8 @@ public final class LocalStack: Sendable {
         public var rabbitMQ = true
         /// Whether to start Redis. On by default.
         public var redis = true
+        /// More lines for `rabbitmq.conf`, such as `channel_max = 100`.
+        public var rabbitMQSettings: [String] = []
         /// More settings for Redis, such as `["--appendonly", "yes"]`.
         public var redisArguments: [String] = []
         /// How long both may take until they are ready, 90 s by default.
@@ -93,7 +95,7 @@ public final class LocalStack: Sendable {
         var processes = Processes(all: [])
         do {
             if options.rabbitMQ {
-                try prepareRabbitMQ(folder: folder, port: ports[0])
+                try prepareRabbitMQ(folder: folder, port: ports[0], options.rabbitMQSettings)
                 processes.all.append(try await startNames(folder: folder, epmd: ports[2]))
                 let node = try await startRabbitMQ(folder: folder, ports: ports)
                 processes.all.append(node)
@@ -214,7 +216,7 @@ public final class LocalStack: Sendable {
 
     private static func nodeName(_ ports: [Int]) -> String { "smap\(ports[0])@localhost" }
 
-    private static func prepareRabbitMQ(folder: String, port: Int) throws {
+    private static func prepareRabbitMQ(folder: String, port: Int, _ settings: [String]) throws {
         let home = "\(folder)/rabbitmq"
         try makeFolder(home)
         try makeFolder("\(folder)/epmd")
@@ -222,6 +224,7 @@ public final class LocalStack: Sendable {
             """
             listeners.tcp.1 = 127.0.0.1:\(port)
             log.file.level = warning
+            \(settings.joined(separator: "\n"))
             """, to: "\(home)/rabbitmq.conf")
         try write("[].\n", to: "\(home)/enabled_plugins")
     }

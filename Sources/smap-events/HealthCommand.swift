@@ -1,0 +1,81 @@
+import ArgumentParser
+import SMAPEvents
+import SMAPRabbitMQ
+import SMAPRedis
+
+struct HealthCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "health",
+        abstract: "Ask whether the servers can do their job: for probes.",
+        discussion: """
+            RabbitMQ is healthy when one can log in, it takes messages, and smap.events is there; with --queue, when that \
+            queue has a consumer too. Redis is healthy when it answers. The exit code is 0 only if all is well.
+            """)
+
+    @Option(help: "A queue that must have an active consumer. May be given several times.")
+    var queue: [String] = []
+
+    @Flag(inversion: .prefixedNo, help: "Whether to ask Redis.")
+    var redis = true
+
+    @Option(help: "How many seconds it may take.")
+    var deadline: Double = 5
+
+    @Flag(help: "Print JSON, on a terminal too.")
+    var json = false
+
+    func validate() throws {
+        guard deadline > 0, deadline <= 3600 else { throw ValidationError("A deadline is above 0, up to 3600 s.") }
+    }
+
+    private struct Report: Encodable {
+        var healthy: Bool
+        var rabbitmq: [String]
+        var redis: [String]?
+    }
+
+    func run() async throws {
+        var isHealthy = false
+        try await Console.reporting {
+            let queues = try queue.map { try QueueName($0) }
+            let end = ContinuousClock.now + seconds(deadline)
+            let broker = try await RabbitMQTransport.withTransport(configuration: try Settings.rabbitMQ()) {
+                await Self.health(of: $0, queues, end)
+            }
+            var store: Health?
+            if redis {
+                store = try await RedisProgressStore.withStore(configuration: try Settings.redis()) {
+                    await $0.health(deadline: end)
+                }
+            }
+            let health = broker + (store ?? Health())
+            isHealthy = health.isHealthy
+            if json || !Console.isOutputTerminal {
+                Console.line(
+                    try Console.json(
+                        Report(healthy: isHealthy, rabbitmq: broker.problems, redis: store?.problems)))
+            } else {
+                Console.line(isHealthy ? "healthy" : "unhealthy")
+                for problem in health.problems { Console.line("  \(problem)") }
+            }
+        }
+        if !isHealthy { throw ExitCode(1) }
+    }
+
+    private static func health(
+        of transport: RabbitMQTransport, _ queues: [QueueName], _ end: ContinuousClock.Instant
+    ) async -> Health {
+        var health = Health()
+        do {
+            try await transport.checkExchange(ExchangeName.events, deadline: end)
+            for queue in queues {
+                let status = try await transport.status(of: queue, deadline: end)
+                if status.consumers == 0 { health.problems.append("queue \(queue) has no active consumer") }
+            }
+            health = health + (await transport.health())
+        } catch {
+            health.problems.append((error as? EventsError)?.description ?? "\(type(of: error))")
+        }
+        return health
+    }
+}

@@ -1,0 +1,191 @@
+import Foundation
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRabbitMQ
+import Testing
+
+/// SCENARIOS 14: encrypted connections, to a real broker and to servers that are wrong in one way each.
+@Suite(.timeLimit(.minutes(2))) struct TLSTests {
+    struct Ping: SMAPEvent { static let routingKey: RoutingKey = "tls.ping" }
+
+    /// An authority, and certificates of every kind, in a temporary folder.
+    private func withCertificates(_ body: (String) async throws -> Void) async throws {
+        let folder = NSTemporaryDirectory() + "smap-tls-\(UUID().uuidString)"
+        try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+        defer { try? FileManager.default.removeItem(atPath: folder) }
+        // Expired: `openssl ca` alone takes dates in the past.
+        let script = """
+            set -e; cd "$0"
+            authority() { openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" -keyout $1.key -out $1.pem; }
+            request() { openssl req -newkey rsa:2048 -nodes -subj "/CN=$1" -keyout $1.key -out $1.csr; }
+            sign() { printf "subjectAltName=$2\\n" > $1.ext
+                openssl x509 -req -in $1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $1.ext -out $1.pem; }
+            authority ca; authority other
+            for name in server elsewhere client expired; do request $name; done
+            sign server DNS:localhost,IP:127.0.0.1; sign elsewhere DNS:example.org; sign client DNS:client
+            printf '[ca]\\ndefault_ca=d\\n[d]\\ndatabase=index\\nserial=serial\\nnew_certs_dir=.\\ndefault_md=sha256\\npolicy=p\\n[p]\\ncommonName=supplied\\n' > ca.conf
+            : > index; echo 77 > serial
+            printf 'subjectAltName=DNS:localhost\\n' > expired.ext
+            openssl ca -batch -config ca.conf -cert ca.pem -keyfile ca.key -startdate 20200101000000Z \
+                -enddate 20200102000000Z -extfile expired.ext -in expired.csr -out expired.pem
+            """
+        let result = try await Program.run("sh", ["-c", script, folder])
+        try #require(result.status == 0, "\(result.error)")
+        try await body(folder)
+    }
+
+    private func configuration(_ port: Int, _ folder: String, host: String = "localhost") -> RabbitMQConfiguration {
+        var configuration = RabbitMQConfiguration(host: host, port: port)
+        configuration.tls = RabbitMQTLS(
+            authorityFile: "\(folder)/ca.pem", certificateFile: "\(folder)/client.pem",
+            privateKeyFile: "\(folder)/client.key")
+        configuration.connectTimeout = .seconds(5)
+        return configuration
+    }
+
+    /// How publishing ends.
+    private func publish(_ configuration: RabbitMQConfiguration) async throws -> EventsError? {
+        try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
+            let publisher = EventPublisher(
+                transport: transport, configuration: PublisherConfiguration(service: "test"))
+            do {
+                try await transport.declare(.events, deadline: .now + .seconds(10))
+                try await publisher.publish(Ping(), options: PublishOptions(deadline: .seconds(10)))
+                return nil
+            } catch let error as EventsError {
+                return error
+            }
+        }
+    }
+
+    @Test func `a broker that asks for a certificate is talked to by name and by address, with large messages too`()
+        async throws
+    {
+        try await withCertificates { folder in
+            let port = try freePort()
+            var options = LocalStack.Options()
+            options.redis = false
+            options.rabbitMQSettings = [
+                "listeners.ssl.1 = 127.0.0.1:\(port)", "ssl_options.cacertfile = \(folder)/ca.pem",
+                "ssl_options.certfile = \(folder)/server.pem", "ssl_options.keyfile = \(folder)/server.key",
+                "ssl_options.verify = verify_peer", "ssl_options.fail_if_no_peer_cert = true",
+            ]
+            try await LocalStack.withStack(options) { stack in
+                for host in ["localhost", "127.0.0.1"] {
+                    let error = try await publish(configuration(port, folder, host: host))
+                    #expect(error == nil, "\(host): \(String(describing: error))")
+                }
+                var anonymous = configuration(port, folder)
+                anonymous.tls?.certificateFile = nil
+                anonymous.tls?.privateKeyFile = nil
+                let refused = try await publish(anonymous)
+                #expect(refused != nil, "the broker wants a certificate")
+
+                // The whole contract holds over an encrypted connection.
+                try await RabbitMQTransport.withTransport(configuration: configuration(port, folder)) { transport in
+                    for check in TransportContract.checks { try await check.run(transport) }
+                }
+            }
+        }
+    }
+
+    @Test
+    func `a wrong name, an expired certificate, an unknown authority, an old protocol and a plain port are told apart`()
+        async throws
+    {
+        try await withCertificates { folder in
+            func refusal(
+                _ certificate: String, _ more: [String] = [],
+                _ change: (inout RabbitMQConfiguration) -> Void = { _ in }
+            ) async throws -> EventsError? {
+                try await withServer(folder, certificate, more) { port in
+                    var configuration = configuration(port, folder)
+                    change(&configuration)
+                    return try await publish(configuration)
+                }
+            }
+            var error = try await refusal("elsewhere")
+            #expect(error?.code == .tlsFailed && error?.message.contains("ostname mismatch") == true, "\(error as Any)")
+            error = try await refusal("expired")
+            #expect(error?.code == .tlsFailed && error?.message.contains("expired") == true, "\(error as Any)")
+            error = try await refusal("server") { $0.tls?.authorityFile = "\(folder)/other.pem" }
+            #expect(error?.code == .tlsFailed && error?.message.contains("issuer") == true, "\(error as Any)")
+            // The system's authorities do not know ours.
+            error = try await refusal("server") { $0.tls?.authorityFile = nil }
+            #expect(error?.code == .tlsFailed && error?.message.contains("refused") == true, "\(error as Any)")
+            error = try await refusal("server", ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"])
+            #expect(error?.code == .tlsFailed && error?.message.contains("TLS 1.2") == true, "\(error as Any)")
+            error = try await refusal("server") { $0.tls?.authorityFile = "\(folder)/nowhere.pem" }
+            #expect(error?.code == .invalidConfiguration && error?.message.contains("nowhere.pem") == true)
+
+            let plain = configuration(try await SharedStack.current.rabbitMQPort, folder)
+            error = try await publish(plain)
+            #expect(error?.code == .tlsFailed, "a plain port: \(error as Any)")
+        }
+    }
+
+    @Test func `a password goes to another host in plain text only where that is allowed`() throws {
+        var configuration = RabbitMQConfiguration(host: "rabbit.example.org", password: "s3cret")
+        let error = #expect(throws: EventsError.self) { try RabbitMQTransport(configuration: configuration) }
+        #expect(error?.code == .invalidConfiguration)
+        #expect(error?.message.contains("plain text") == true)
+        #expect(error?.description.contains("s3cret") == false)
+        configuration.allowsPlainText = true
+        #expect(throws: Never.self) { try RabbitMQTransport(configuration: configuration) }
+    }
+
+    /// A TLS server that is no broker: what is wrong with it shows before anybody speaks AMQP.
+    private func withServer(
+        _ folder: String, _ certificate: String, _ more: [String], _ body: (Int) async throws -> EventsError?
+    ) async throws -> EventsError? {
+        let port = try freePort()
+        let arguments =
+            [
+                "s_server", "-accept", "127.0.0.1:\(port)", "-cert", "\(folder)/\(certificate).pem", "-key",
+                "\(folder)/\(certificate).key", "-quiet",
+            ] + more
+        return try await withThrowingTaskGroup(of: Void.self) { group in
+            // Killed when its task is cancelled.
+            group.addTask { _ = try? await Program.run("openssl", arguments) }
+            defer { group.cancelAll() }
+            try await eventually("the server listens", within: .seconds(10)) { isListening(port) }
+            return try await body(port)
+        }
+    }
+}
+
+/// A port on 127.0.0.1 that was free a moment ago.
+func freePort() throws -> Int {
+    let (descriptor, port) = try #require(listener())
+    close(descriptor)
+    return port
+}
+
+func isListening(_ port: Int) -> Bool {
+    let descriptor = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
+    defer { close(descriptor) }
+    return withLoopback(port) { connect(descriptor, $0, $1) } == 0
+}
+
+func listener() -> (descriptor: Int32, port: Int)? {
+    let descriptor = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
+    guard withLoopback(0, { bind(descriptor, $0, $1) }) == 0, listen(descriptor, 8) == 0 else { return nil }
+    var address = sockaddr_in()
+    var length = socklen_t(MemoryLayout<sockaddr_in>.size)
+    let result = withUnsafeMutableBytes(of: &address) { raw in
+        // Sound: a sockaddr_in is what this call fills in for AF_INET, and its length goes along.
+        raw.baseAddress.map { getsockname(descriptor, $0.assumingMemoryBound(to: sockaddr.self), &length) } ?? -1
+    }
+    return result == 0 ? (descriptor, Int(UInt16(bigEndian: address.sin_port))) : nil
+}
+
+private func withLoopback(_ port: Int, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32) -> Int32 {
+    var address = sockaddr_in()
+    address.sin_family = sa_family_t(AF_INET)
+    address.sin_port = UInt16(port).bigEndian
+    address.sin_addr.s_addr = UInt32(0x7F00_0001).bigEndian
+    return withUnsafeBytes(of: &address) { raw in
+        // Sound: a sockaddr_in is what these calls take for AF_INET, and its length goes along.
+        raw.baseAddress.map { body($0.assumingMemoryBound(to: sockaddr.self), socklen_t(raw.count)) } ?? -1
+    }
+}
