@@ -17,6 +17,9 @@ let lifecycle = Target.Dependency.product(name: "ServiceLifecycle", package: "sw
 let lifecycleTestKit = Target.Dependency.product(name: "ServiceLifecycleTestKit", package: "swift-service-lifecycle")
 let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
 let metrics = Target.Dependency.product(name: "Metrics", package: "swift-metrics")
+let inMemoryTracing = Target.Dependency.product(name: "InMemoryTracing", package: "swift-distributed-tracing")
+let metricsTestKit = Target.Dependency.product(name: "MetricsTestKit", package: "swift-metrics")
+let tracing = Target.Dependency.product(name: "Tracing", package: "swift-distributed-tracing")
 let signals = Target.Dependency.product(name: "UnixSignals", package: "swift-service-lifecycle")
 let subprocess = Target.Dependency.product(name: "Subprocess", package: "swift-subprocess")
 
@@ -35,6 +38,7 @@ let package = Package(
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
         .package(url: "https://github.com/apple/swift-collections", from: "1.6.0"),
         .package(url: "https://github.com/apple/swift-configuration", from: "1.4.0", traits: []),
+        .package(url: "https://github.com/apple/swift-distributed-tracing", from: "1.7.3"),
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
         .package(url: "https://github.com/apple/swift-metrics", from: "2.13.0"),
         .package(url: "https://github.com/HdrHistogram/hdrhistogram-swift", from: "0.2.0"),
@@ -53,7 +57,7 @@ let package = Package(
         .target(name: "ConnectionThread", dependencies: ["CConnectionThread"], swiftSettings: settings),
         .target(
             name: "SMAPEvents",
-            dependencies: [configuration, deque, lifecycle, logging, metrics],
+            dependencies: [configuration, deque, lifecycle, logging, metrics, tracing],
             swiftSettings: settings
         ),
         .target(
@@ -97,7 +101,10 @@ let package = Package(
         ),
         .testTarget(
             name: "SMAPEventsTests",
-            dependencies: ["SMAPEvents", "SMAPEventsTesting", configuration, lifecycle, lifecycleTestKit],
+            dependencies: [
+                "SMAPEvents", "SMAPEventsTesting", configuration, inMemoryTracing, lifecycle, lifecycleTestKit, metrics,
+                metricsTestKit, tracing,
+            ],
             resources: [.copy("Fixtures")],
             swiftSettings: settings
         ),

@@ -53,6 +53,8 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let protocolViolation = Code("protocolViolation", retriable: true)
         /// As much work is waiting as the configured limit allows.
         public static let overloaded = Code("overloaded", retriable: true)
+        /// A queue that the event would go to is deeper than allowed; nothing was sent. See ``QueueDepthWatch``.
+        public static let queueTooDeep = Code("queueTooDeep", retriable: true)
         /// A message is not an event: not JSON, or not an envelope, or not of the type asked for.
         public static let undecodable = Code("undecodable")
         /// A consumer was ended by the broker, for example because its queue was deleted.

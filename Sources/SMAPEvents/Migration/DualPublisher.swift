@@ -21,6 +21,8 @@ public struct DualPublisher: EventPublishing {
     private let configuration: PublisherConfiguration
     private let phase: MigrationPhase
     private let logger: Logger
+    private let tracing: MessageTracing
+    private let depth: QueueDepthWatch?
 
     private final class Deprecation: Sendable {
         let warned = Mutex<Set<RoutingKey>>([])
@@ -29,15 +31,20 @@ public struct DualPublisher: EventPublishing {
     private let deprecation = Deprecation()
 
     /// Makes a publisher for a phase of the migration.
+    ///
+    /// - Parameter depth: Refuses, before either leg, while a queue is too deep; nobody does by default.
     public init(
         transport: any EventTransport, configuration: PublisherConfiguration, phase: MigrationPhase,
-        logger: Logger = .silent
+        depth: QueueDepthWatch? = nil, logger: Logger = .silent
     ) {
         self.transport = transport
-        self.topic = EventPublisher(transport: transport, configuration: configuration, logger: logger)
+        self.topic = EventPublisher(
+            transport: transport, configuration: configuration, depth: depth, logger: logger)
+        self.depth = depth
         self.configuration = configuration
         self.phase = phase
         self.logger = logger
+        self.tracing = MessageTracing(configuration.tracer)
     }
 
     /// Makes sure that the topic exchange exists and, unless the migration is over, the legacy one.
@@ -47,6 +54,9 @@ public struct DualPublisher: EventPublishing {
             try await transport.declare(.legacyEmail, deadline: .now + configuration.deadline)
         }
     }
+
+    /// Whether events can be published now; if not, why.
+    public func health() async -> Health { await transport.health() }
 
     /// See ``EventPublishing``.
     @discardableResult
@@ -97,6 +107,7 @@ public struct DualPublisher: EventPublishing {
         let (form, message): (LegacyEmailMessage, OutboundMessage)
         do {
             (form, message) = try forms(eventID, options)
+            try depth?.check()
         } catch let error as EventsError {
             throw error.with(eventID: eventID)
         }
@@ -147,7 +158,9 @@ public struct DualPublisher: EventPublishing {
     ) async throws -> PublishReceipt.Leg {
         do {
             let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
-            let routed = try await transport.publish(deadline: deadline) {
+            let routed = try await tracing.publish(
+                to: ExchangeName.legacyEmail, key: "", eventID: eventID, over: transport, deadline: deadline
+            ) {
                 OutboundMessage(
                     exchange: ExchangeName.legacyEmail, routingKey: "",
                     properties: MessageProperties(

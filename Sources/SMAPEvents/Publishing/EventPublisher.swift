@@ -15,13 +15,20 @@ public final class EventPublisher: EventPublishing {
     private let configuration: PublisherConfiguration
     private let logger: Logger
     private let metrics = PublisherMetrics()
+    private let tracing: MessageTracing
+    private let depth: QueueDepthWatch?
 
     /// Makes a publisher. It holds nothing of its own: the transport is started and closed by whoever made it.
+    ///
+    /// - Parameter depth: Refuses while a queue is too deep; nobody does by default.
     public init(
-        transport: any EventTransport, configuration: PublisherConfiguration, logger: Logger = .silent
+        transport: any EventTransport, configuration: PublisherConfiguration, depth: QueueDepthWatch? = nil,
+        logger: Logger = .silent
     ) {
         self.transport = transport
         self.configuration = configuration
+        self.tracing = MessageTracing(configuration.tracer)
+        self.depth = depth
         self.logger = logger
     }
 
@@ -103,8 +110,11 @@ public final class EventPublisher: EventPublishing {
         do {
             do {
                 try check()
+                try depth?.check()
                 let deadline = start + (options.deadline ?? configuration.deadline)
-                let routed = try await transport.publish(deadline: deadline, message)
+                let routed = try await tracing.publish(
+                    to: configuration.exchange, key: key.rawValue, eventID: eventID, over: transport,
+                    deadline: deadline, message)
                 if !routed {
                     logger.warning(
                         "event reached no queue", metadata: ["event_id": "\(eventID)", "routing_key": "\(key)"])

@@ -1,4 +1,5 @@
 public import Configuration
+public import Tracing
 
 /// How a publisher publishes.
 public struct PublisherConfiguration: Sendable {
@@ -8,6 +9,8 @@ public struct PublisherConfiguration: Sendable {
     public var exchange: String
     /// How long a publish may take, 30 s by default.
     public var deadline: Duration
+    /// Makes spans and puts their context into headers; the bootstrapped tracer by default.
+    public var tracer: any Tracer = InstrumentationSystem.tracer
 
     /// Describes a publisher.
     public init(service: String, exchange: String = ExchangeName.events, deadline: Duration = .seconds(30)) {

@@ -2,6 +2,7 @@ public import Logging
 internal import Metrics
 public import ServiceLifecycle
 internal import Synchronization
+public import Tracing
 
 /// Consumes events from a queue and gives them to handlers.
 ///
@@ -24,16 +25,23 @@ public final class EventSubscriber: Service {
     private let subscription: EventSubscription
     private let router: EventRouter
     private let logger: Logger
+    private let tracing: MessageTracing
+    private let metrics: ConsumerMetrics
     private let phase = Mutex(Phase.idle)
 
     /// Makes a subscriber; ``run()`` starts it.
+    ///
+    /// - Parameter tracer: Makes a span around each handler; the bootstrapped tracer by default.
     public init(
-        transport: any EventTransport, subscription: EventSubscription, router: EventRouter, logger: Logger = .silent
+        transport: any EventTransport, subscription: EventSubscription, router: EventRouter, logger: Logger = .silent,
+        tracer: any Tracer = InstrumentationSystem.tracer
     ) {
         self.transport = transport
         self.subscription = subscription
         self.router = router
         self.logger = logger
+        self.tracing = MessageTracing(tracer)
+        self.metrics = ConsumerMetrics(subscription.queue)
     }
 
     /// Declares the queue and its dead letter queue, then handles deliveries until graceful shutdown or cancellation.
@@ -171,8 +179,10 @@ public final class EventSubscriber: Service {
             generation = next
             do {
                 while let delivery = try await consumer.next() {
+                    let start = ContinuousClock.now
                     let settlement = try await decide(delivery)
-                    settle(delivery, settlement, consumer)
+                    let isSettled = settle(delivery, settlement, consumer)
+                    metrics.handled(isSettled ? settlement : nil, since: start)
                 }
             } catch is EventsError {
                 // This consumer is gone; there will be another.
@@ -180,20 +190,26 @@ public final class EventSubscriber: Service {
         }
     }
 
-    private func settle(_ delivery: InboundDelivery, _ settlement: Settlement, _ consumer: any TransportConsumer) {
+    private func settle(
+        _ delivery: InboundDelivery, _ settlement: Settlement, _ consumer: any TransportConsumer
+    ) -> Bool {
         do {
             try consumer.settle(delivery, settlement)
+            return true
         } catch {
             logger.warning(
                 "delivery could not be settled and will come again",
                 metadata: ["event_id": "\(delivery.properties.messageID ?? "")", "queue": "\(subscription.queue)"])
+            return false
         }
     }
 
     private func decide(_ delivery: InboundDelivery) async throws -> Settlement {
         let outcome: HandlerOutcome
         do {
-            outcome = try await router.outcome(of: delivery, from: subscription.queue)
+            outcome = try await tracing.process(delivery, from: subscription.queue) {
+                try await router.outcome(of: delivery, from: subscription.queue)
+            }
         } catch is CancellationError {
             throw CancellationError()
         } catch {

@@ -1,0 +1,227 @@
+import InMemoryTracing
+import Metrics
+import MetricsTestKit
+import SMAPEvents
+import SMAPEventsTesting
+import Testing
+import Tracing
+
+private struct Measured: SMAPEvent {
+    static let routingKey: RoutingKey = "measured.once"
+    var note = "personal data"
+}
+
+@Suite(.timeLimit(.minutes(1))) struct ObservabilityTests {
+    private static let metrics: TestMetrics = {
+        let metrics = TestMetrics()
+        MetricsSystem.bootstrap(metrics)
+        return metrics
+    }()
+
+    /// Publishes one event, and handles it.
+    private func roundTrip(
+        _ harness: EventsTestHarness, _ tracer: any Tracer, queue: QueueName,
+        _ handler: @escaping @Sendable (EventDelivery<Measured>) async throws -> Void = { _ in }
+    ) async throws {
+        var configuration = PublisherConfiguration(service: "test")
+        configuration.tracer = tracer
+        let publisher = EventPublisher(transport: harness.broker, configuration: configuration)
+        var router = EventRouter()
+        router.on(Measured.self) { delivery in
+            try await handler(delivery)
+            return .acknowledge
+        }
+        let subscriber = EventSubscriber(
+            transport: harness.broker, subscription: EventSubscription(queue: queue, bindings: ["measured.#"]),
+            router: router, tracer: tracer)
+        try await subscriber.declare()
+        try await publisher.publish(Measured())
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await subscriber.run() }
+            defer { group.cancelAll() }
+            try await harness.settled(queue)
+        }
+    }
+
+    @Test func `publishing and handling are spans of one trace, linked, without the data`() async throws {
+        let tracer = InMemoryTracer()
+        try await EventsTestHarness.withHarness { harness in
+            try await tracer.withSpan("request") { _ in
+                try await roundTrip(harness, tracer, queue: "traced.q") { _ in
+                    #expect(ServiceContext.current != nil, "what a handler calls belongs to its span")
+                }
+            }
+        }
+        let spans = tracer.finishedSpans
+        let request = try #require(spans.first { $0.operationName == "request" })
+        let publish = try #require(spans.first { $0.operationName == "publish smap.events" })
+        let process = try #require(spans.first { $0.operationName == "process traced.q" })
+        #expect(publish.kind == .producer && process.kind == .consumer)
+        #expect(publish.parentSpanID == request.spanID)
+        #expect(process.parentSpanID == publish.spanID && process.traceID == request.traceID)
+        #expect(process.links.count == 1)
+        for span in [publish, process] {
+            var attributes: [String: String] = [:]
+            span.attributes.forEach { attributes[$0] = "\($1)" }
+            let text = attributes.description
+            #expect(text.contains("rabbitmq") && text.contains("measured.once") && text.contains("evt_"))
+            #expect(!text.contains("personal data"))
+        }
+    }
+
+    @Test func `what is published, handled and refused is counted and timed, by routing key`() async throws {
+        let metrics = Self.metrics
+        try await EventsTestHarness.withHarness { harness in
+            try await roundTrip(harness, NoOpTracer(), queue: "measured.q")
+            let publisher = EventPublisher(
+                transport: harness.broker,
+                configuration: PublisherConfiguration(service: "test", exchange: "measured.nowhere"))
+            await #expect(throws: EventsError.self) { try await publisher.publish(Measured()) }
+        }
+        let key = ("routing_key", "measured.once")
+        #expect(try metrics.expectCounter("events_published_total", [key]).totalValue >= 1)
+        #expect(
+            try metrics.expectCounter("event_publish_failures_total", [key, ("error_type", "exchangeNotFound")])
+                .totalValue == 1)
+        #expect(try !metrics.expectTimer("event_publish_duration_seconds").values.isEmpty)
+        let queue = ("queue", "measured.q")
+        #expect(
+            try metrics.expectCounter("events_consumed_total", [queue, ("outcome", "acknowledged")]).totalValue == 1)
+        #expect(try metrics.expectTimer("event_handling_duration_seconds", [queue]).values.count == 1)
+        #expect(try metrics.expectGauge("events_subscription_active", [queue]).values.contains(1))
+    }
+
+    @Test func `a queue that is too deep refuses publishers until it is drained, and its depth is a metric`()
+        async throws
+    {
+        let metrics = Self.metrics
+        try await EventsTestHarness.withHarness { harness in
+            let queue: QueueName = "deep.q"
+            let subscription = EventSubscription(queue: queue, bindings: ["measured.#"])
+            try await subscription.topology.apply(to: harness.broker)
+            let depth = QueueDepthWatch(
+                transport: harness.broker, queues: [queue, "deep.missing"], limits: .init(warning: 2, refusal: 3))
+            let publisher = EventPublisher(
+                transport: harness.broker, configuration: PublisherConfiguration(service: "test"), depth: depth)
+            for _ in 0..<3 { try await publisher.publish(Measured()) }
+            await depth.measure()
+            #expect(depth.depths == [queue: 3])
+            let error = await #expect(throws: EventsError.self) { try await publisher.publish(Measured()) }
+            #expect(error?.code == .queueTooDeep && error?.isRetriable == true)
+            #expect(error?.publishOutcome == .unsent)
+            let dual = DualPublisher(
+                transport: harness.broker, configuration: PublisherConfiguration(service: "test"), phase: .dual,
+                depth: depth)
+            let mail = EmailVerificationRequested(recipient: "a@b.c", subject: "s", body: "b")
+            await #expect(throws: EventsError.self) { try await dual.publish(mail) }
+            #expect(harness.broker.messages(in: queue).count == 3)
+            #expect(try metrics.expectGauge("events_queue_depth", [("queue", "deep.q")]).lastValue == 3)
+            harness.broker.delete(queue)
+            await depth.measure()
+            try await publisher.publish(Measured())
+        }
+    }
+
+    @Test func `a topology that would lose messages silently is refused with the reason, and nothing is declared`()
+        async throws
+    {
+        let broker = InMemoryBroker()
+        let cases: [(Topology, String)] = [
+            (Topology(queues: [QueueDeclaration("a.b", deadLetters: true)]), "not declared"),
+            (
+                Topology(
+                    exchanges: [.deadLetters],
+                    queues: [
+                        QueueDeclaration(
+                            "a.b", deadLetters: true, additionalArguments: ["x-overflow": .string("drop-head")])
+                    ]), "reject-publish"
+            ),
+            (
+                Topology(
+                    exchanges: [.deadLetters],
+                    queues: [
+                        QueueDeclaration(
+                            "a.b", kind: .classic, deadLetters: true,
+                            additionalArguments: ["x-dead-letter-strategy": .string("at-least-once")])
+                    ]), "only quorum"
+            ),
+            (
+                Topology(queues: [QueueDeclaration("a.b", additionalArguments: ["x-max-priority": .integer(5)])]),
+                "priorities"
+            ),
+            (
+                Topology(
+                    queues: [QueueDeclaration("a.b")],
+                    bindings: [QueueBinding(queue: "a.b", exchange: "gone", routingKey: "#")]), "gone"
+            ),
+        ]
+        for (topology, reason) in cases {
+            let error = await #expect(throws: EventsError.self) { try await topology.apply(to: broker) }
+            #expect(error?.code == .dangerousTopology)
+            #expect(error?.message.contains(reason) == true, "\(String(describing: error))")
+            await #expect(throws: EventsError.self) {
+                _ = try await broker.status(of: "a.b", deadline: .now + .seconds(1))
+            }
+        }
+    }
+
+    @Test func `a topology knows how a broker differs from it, and changes nothing to find out`() async throws {
+        let broker = InMemoryBroker()
+        let topology = Topology.platform(in: .dual)
+        #expect(try await topology.differences(from: broker).allSatisfy(\.isMissing))
+        #expect(try await topology.differences(from: broker).count == 5, "looking has declared nothing")
+        try await topology.apply(to: broker)
+        #expect(try await topology.differences(from: broker).isEmpty)
+        try await topology.check(against: broker)
+        var other = topology
+        other.insert(QueueDeclaration("smtp_send_email_v2", kind: .classic, deadLetters: true))
+        let differences = try await other.differences(from: broker)
+        #expect(differences.map(\.subject) == ["queue smtp_send_email_v2"])
+        #expect(differences.first?.isMissing == false)
+        await #expect(throws: EventsError.self) { try await other.apply(to: broker) }
+    }
+
+    @Test func `a subscription survives lost connections and a deleted queue, and its handlers are left to finish`()
+        async throws
+    {
+        try await EventsTestHarness.withHarness { harness in
+            let queue: QueueName = "survivor.q"
+            var subscription = EventSubscription(queue: queue, bindings: ["measured.#"])
+            subscription.retryDelay = .milliseconds(1)
+            subscription.concurrency = 2
+            let (entered, enter) = AsyncStream.makeStream(of: Int.self)
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            var router = EventRouter()
+            router.on(Measured.self) { delivery in
+                enter.yield(delivery.attempt)
+                if delivery.attempt == 1 { for await _ in released { break } }
+                return .acknowledge
+            }
+            let subscriber = EventSubscriber(transport: harness.broker, subscription: subscription, router: router)
+            try await subscriber.declare()
+            try await withThrowingTaskGroup(of: Void.self) { group in
+                group.addTask { try await subscriber.run() }
+                defer { group.cancelAll() }
+                try await harness.publisher.publish(Measured())
+                var attempts = entered.makeAsyncIterator()
+                #expect(await attempts.next() == 1)
+                harness.broker.interrupt()
+                // The first handler still runs; the event has come again to the other one.
+                #expect(await attempts.next() == 2)
+                try await harness.settled(queue)
+                #expect(await subscriber.health().isHealthy)
+                release.yield()
+                harness.broker.delete(queue)
+                while true {
+                    // Until the queue is bound again there is nowhere for an event to go.
+                    if try await harness.publisher.publish(Measured()).routed { break }
+                    await Task.yield()
+                }
+                #expect(await attempts.next() == 1)
+                release.yield()
+                try await harness.settled(queue)
+            }
+            #expect(await subscriber.health().isHealthy == false)
+        }
+    }
+}
