@@ -5,7 +5,7 @@ internal import Subprocess
 ///
 /// A shell holds it on a leash: it starts the server, and stops it by its process id as soon as its own standard input
 /// ends. That happens when ``stop()`` closes the pipe, and just as well when this process dies in whatever way, `kill -9`
-/// included. Then it removes the server's folder.
+/// included. Then it removes the server's folder, unless there is a file `.keep` in it.
 final class LeashedProcess: Sendable {
     /// Arguments: tenths of a second between SIGTERM and SIGKILL, the folder to log to and to remove, the command. The
     /// folder above goes with the last server in it.
@@ -21,6 +21,7 @@ final class LeashedProcess: Sendable {
         while [ "$patience" -gt 0 ] && kill -0 "$pid" 2>/dev/null; do sleep 0.1; patience=$((patience - 1)); done
         kill -KILL "$pid" 2>/dev/null
         wait "$pid" 2>/dev/null
+        [ -e "$folder/.keep" ] && exit
         rm -rf "$folder"
         rmdir "$(dirname "$folder")" 2>/dev/null
         """

@@ -42,7 +42,7 @@ public final class LocalStack: Sendable {
     public let redisPort: Int
     /// Where the servers keep their data and logs while they run.
     public let folder: String
-    /// The process ids of what was started: epmd, RabbitMQ, Redis, and what was started again.
+    /// The process ids of what was started: epmd, RabbitMQ, Redis.
     public var processIDs: [Int32] { processes.withLock { $0.all.map(\.processID) } }
 
     /// One of the servers.
@@ -161,13 +161,19 @@ public final class LocalStack: Sendable {
 
     /// Starts a server that was killed, on its old port and with its old data, and returns when it answers.
     public func restart(_ server: Server) async throws {
+        let home = "\(folder)/\(server == .rabbitMQ ? "rabbitmq" : "redis")"
+        // Lets go of what is left of the old one, but not of its data.
+        try Self.write("", to: "\(home)/.keep")
+        let old = processes.withLock { server == .rabbitMQ ? $0.rabbitMQ : $0.redis }
+        await old?.stop()
+        unlink("\(home)/.keep")
         let process =
             switch server {
             case .rabbitMQ: try await Self.startRabbitMQ(folder: folder, ports: ports)
             case .redis: try await Self.startRedis(folder: folder, port: ports[3], options.redisArguments)
             }
         processes.withLock { processes in
-            // The old one stays in the list: its shell removes the folder at the end, as the new one's does.
+            processes.all.removeAll { $0 === old }
             processes.all.append(process)
             if server == .rabbitMQ { processes.rabbitMQ = process } else { processes.redis = process }
         }
