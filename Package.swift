@@ -127,7 +127,7 @@ let package = Package(
         .testTarget(
             name: "IntegrationTests",
             dependencies: [
-                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", configuration,
+                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", configuration, lifecycle, logging,
                 subprocess,
             ],
             resources: [.copy("Python")],
