@@ -127,7 +127,8 @@ let package = Package(
         .testTarget(
             name: "IntegrationTests",
             dependencies: [
-                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", configuration, lifecycle, logging,
+                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "smap-events", configuration, lifecycle,
+                logging,
                 subprocess,
             ],
             resources: [.copy("Python")],

@@ -135,27 +135,44 @@ private let queue: QueueName = "test.queue"
     }
 }
 
-@Suite struct FinishLineTests {
-    private func finished(_ harness: EventsTestHarness, _ name: String = "proj_1") async throws -> EventID {
+@Suite(.timeLimit(.minutes(1))) struct FinishLineTests {
+    /// What the harness has, but for a finish line of its own, which would sweep too.
+    private struct Surroundings {
+        let broker = InMemoryBroker()
+        let store = InMemoryProgressStore()
+        let publisher: EventPublisher
+
+        init() {
+            publisher = EventPublisher(transport: broker, configuration: PublisherConfiguration(service: "test"))
+        }
+    }
+
+    private func withoutFinishLine(_ body: (Surroundings) async throws -> Void) async throws {
+        let surroundings = Surroundings()
+        try await surroundings.broker.declare(.events, deadline: .now + .seconds(5))
+        try await body(surroundings)
+    }
+
+    private func finished(_ harness: Surroundings, _ name: String = "proj_1") async throws -> EventID {
         let project = try ProjectID(name)
         let tracker = ProgressTracker(store: harness.store)
         try await tracker.start(project)
         return try #require(try await tracker.seal(project, total: 0).progress.finishEventID)
     }
 
-    private func bind(_ harness: EventsTestHarness) async throws {
-        try await harness.broker.declare(QueueDeclaration(queue), deadline: .now + .seconds(5))
-        try await harness.broker.bind(
+    private func bind(_ broker: InMemoryBroker) async throws {
+        try await broker.declare(QueueDeclaration(queue), deadline: .now + .seconds(5))
+        try await broker.bind(
             queue, to: ExchangeName.events, routingKey: "job.completed", deadline: .now + .seconds(5))
     }
 
-    private func finishLine(_ harness: EventsTestHarness) -> FinishLine {
+    private func finishLine(_ harness: Surroundings) -> FinishLine {
         FinishLine(store: harness.store, publisher: harness.publisher)
     }
 
     @Test func `a finish that a dead process left behind is published by a sweep, with the stored id`() async throws {
-        try await EventsTestHarness.withHarness { harness in
-            try await bind(harness)
+        try await withoutFinishLine { harness in
+            try await bind(harness.broker)
             let id = try await finished(harness)
             // The harness's own finish line has not been told; this one belongs to another process.
             try await finishLine(harness).sweep()
@@ -169,11 +186,11 @@ private let queue: QueueName = "test.queue"
     }
 
     @Test func `a finish that no queue receives stays pending, and goes out once one is bound`() async throws {
-        try await EventsTestHarness.withHarness { harness in
+        try await withoutFinishLine { harness in
             let id = try await finished(harness)
             let error = await #expect(throws: EventsError.self) { try await finishLine(harness).sweep() }
             #expect(error?.code == .unroutable)
-            try await bind(harness)
+            try await bind(harness.broker)
             #expect(try await finishLine(harness).sweep() == 1)
             #expect(harness.broker.messages(in: queue).map(\.properties.messageID) == [id.rawValue])
         }
@@ -217,8 +234,8 @@ private let queue: QueueName = "test.queue"
             }
             func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool { throw Dies() }
         }
-        try await EventsTestHarness.withHarness { harness in
-            try await bind(harness)
+        try await withoutFinishLine { harness in
+            try await bind(harness.broker)
             let id = try await finished(harness)
             let dying = FinishLine(store: DyingStore(store: harness.store), publisher: harness.publisher)
             await #expect(throws: Dies.self) { try await dying.sweep() }
@@ -227,9 +244,47 @@ private let queue: QueueName = "test.queue"
         }
     }
 
+    @Test func `at shutdown the finish in hand is still confirmed and cleared, and the others stay pending`()
+        async throws
+    {
+        /// Publishes only when shutdown has begun.
+        struct SlowPublisher: EventPublishing {
+            let publisher: EventPublisher
+            let entered: AsyncStream<Void>.Continuation
+
+            func declareExchanges() async throws {}
+            func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
+                try await publisher.publish(event, options: options)
+            }
+            func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
+                entered.yield()
+                try await gracefulShutdown()
+                return try await publisher.publish(event, options: options)
+            }
+        }
+        try await withoutFinishLine { harness in
+            try await bind(harness.broker)
+            for name in ["proj_1", "proj_2", "proj_3"] { _ = try await finished(harness, name) }
+            let (entered, enter) = AsyncStream.makeStream(of: Void.self)
+            let slow = FinishLine(
+                store: harness.store, publisher: SlowPublisher(publisher: harness.publisher, entered: enter))
+            await testGracefulShutdown { trigger in
+                await withTaskGroup { group in
+                    group.addTask { await slow.run() }
+                    for await _ in entered { break }
+                    trigger.triggerGracefulShutdown()
+                    await group.waitForAll()
+                }
+            }
+            #expect(harness.broker.messages(in: queue).count == 1)
+            let pending = try await harness.store.pendingFinishes(limit: 10, deadline: .now + .seconds(5))
+            #expect(pending.count == 2, "the one that was published has been cleared")
+        }
+    }
+
     @Test func `a finish decided here is published at once, without waiting for a sweep`() async throws {
         try await EventsTestHarness.withHarness { harness in
-            try await bind(harness)
+            try await bind(harness.broker)
             let project = try ProjectID("proj_now")
             try await harness.tracker.start(project)
             try await harness.tracker.seal(project, total: 0)

@@ -62,13 +62,18 @@ public final class FinishLine: Service {
     }
 
     /// Publishes finishes until graceful shutdown or cancellation. Errors are logged, and tried again by a later sweep.
+    ///
+    /// On graceful shutdown the finish in hand is still confirmed and cleared, which takes up to twice
+    /// ``Configuration/deadline``; the others stay pending for whoever sweeps next.
     public func run() async {
-        await cancelWhenGracefulShutdown {
+        await withGracefulShutdownHandler {
             await withDiscardingTaskGroup { group in
                 group.addTask { await self.tick() }
-                await self.publishUntilCancelled()
+                await self.publishUntilStopped()
                 group.cancelAll()
             }
+        } onGracefulShutdown: {
+            self.wake.finish()
         }
     }
 
@@ -80,7 +85,7 @@ public final class FinishLine: Service {
         }
     }
 
-    private func publishUntilCancelled() async {
+    private func publishUntilStopped() async {
         await attempt { try await sweep() }
         var lastSweep = ContinuousClock.now
         for await _ in wakeups {
@@ -88,8 +93,8 @@ public final class FinishLine: Service {
                 defer { projects = [] }
                 return projects
             }
-            for project in projects { await attempt { try await publishPending(of: project) } }
-            if ContinuousClock.now - lastSweep >= configuration.interval * 0.75 {
+            for project in projects where !isStopping { await attempt { try await publishPending(of: project) } }
+            if !isStopping, ContinuousClock.now - lastSweep >= configuration.interval * 0.75 {
                 await attempt { try await sweep() }
                 lastSweep = .now
             }
@@ -105,7 +110,7 @@ public final class FinishLine: Service {
         var published = 0
         let pending = try await store.pendingFinishes(
             limit: configuration.batch, deadline: .now + configuration.deadline)
-        for finish in pending {
+        for finish in pending where !isStopping {
             do {
                 try await publish(finish)
                 published += 1
@@ -124,6 +129,8 @@ public final class FinishLine: Service {
         announced.withLock { if $0.count < 1000 { $0.insert(project) } }
         wake.yield()
     }
+
+    private var isStopping: Bool { Task.isShuttingDownGracefully }
 
     private func publishPending(of project: ProjectID) async throws {
         let deadline = ContinuousClock.now + configuration.deadline
