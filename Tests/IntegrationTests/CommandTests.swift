@@ -9,9 +9,11 @@ import Testing
         let environment = try await SharedStack.current.environment
         let queue = "cli.\(EventID().rawValue.suffix(12))"
         let word = queue.suffix(12)
-        // Declares and binds, and ends.
-        _ = try await Program.events(
-            ["listen", "--queue", queue, "--bind", "t\(word).#", "--timeout", "0.1"], environment: environment)
+        let subscription = EventSubscription(
+            queue: try QueueName(queue), bindings: [try TopicPattern("t\(word).#")])
+        let transport = try await SharedStack.transport()
+        try await subscription.topology.apply(to: transport)
+        await transport.close()
         let lines = [
             #"{"routing_key":"t\#(word).one","data":{"n":1.50,"deep":[{}]},"project_id":"proj_x"}"#,
             "not json", #"{"routing_key":"T.x"}"#, "", #"{"routing_key":"user.registered","data":{}}"#,
