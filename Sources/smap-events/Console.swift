@@ -5,15 +5,18 @@ import Logging
 import SMAPEvents
 import SMAPRabbitMQ
 import SMAPRedis
+import Synchronization
 
 /// Standard output, standard error, and whether people look at them.
 enum Console {
     static let isOutputTerminal = isatty(STDOUT_FILENO) == 1
     static let isErrorTerminal = isatty(STDERR_FILENO) == 1
 
-    /// Writes a result. At once: a reader in a pipe may wait for this line.
+    private static let output = Mutex(FileHandle.standardOutput)
+
+    /// Writes a result. At once: a reader in a pipe may wait for this line. Whole, whichever tasks write at a time.
     static func line(_ text: String) {
-        FileHandle.standardOutput.write(Data((text + "\n").utf8))
+        output.withLock { $0.write(Data((text + "\n").utf8)) }
     }
 
     static func error(_ text: String) {

@@ -133,19 +133,23 @@ struct PublishCommand: AsyncParsableCommand {
             }
         }
         defer { watcher.cancel() }
-        try await withThrowingTaskGroup(of: Report.self) { group in
+        try await withThrowingTaskGroup(of: PublishOutcome.self) { group in
             var running = 0
             func finishOne() async throws {
-                guard let report = try await group.next() else { return }
+                guard let outcome = try await group.next() else { return }
                 running -= 1
-                if report.outcome != .confirmed { isComplete = false }
-                try show(report)
+                if outcome != .confirmed { isComplete = false }
             }
             for try await (number, line) in StandardInputLines(isInterrupted: isInterrupted) {
                 guard !line.allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0D }) else { continue }
                 while running >= 1_000 { try await finishOne() }
                 running += 1
-                group.addTask { [obstacle] in await report(line: line, number: number, publisher, obstacle) }
+                group.addTask { [obstacle] in
+                    // Reported by whoever knows, at once: the next line may be long in coming.
+                    let report = await report(line: line, number: number, publisher, obstacle)
+                    try show(report)
+                    return report.outcome
+                }
             }
             while running > 0 { try await finishOne() }
         }

@@ -41,6 +41,32 @@ import Testing
         #expect(heard.lines.allSatisfy { ids.contains($0["event_id"] as? String ?? "") })
     }
 
+    @Test func `an event is reported before the next line is read, and SIGTERM ends the reading in order`() async throws
+    {
+        let folder = FileManager.default.temporaryDirectory.appending(path: "smap-cli-\(EventID())")
+        try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+        defer { try? FileManager.default.removeItem(at: folder) }
+        let processFile = folder.appending(path: "pid").path
+        let output = folder.appending(path: "reports").path
+        // Keeps the standard input open for as long as the command runs.
+        let script = """
+            mkfifo "$1/lines"; exec 9<>"$1/lines"
+            echo '{"routing_key":"nobody.listens","data":{}}' >&9
+            exec "$0" publish --stdin <"$1/lines" >"$1/reports"
+            """
+        async let run = Program.run(
+            "sh", ["-c", script, try Program.command, folder.path],
+            environment: try await SharedStack.current.environment, processFile: processFile)
+        try await eventually("the event is reported") {
+            (try? String(contentsOfFile: output, encoding: .utf8).contains("returned")) == true
+        }
+        try Program.signal(SIGTERM, processFile: processFile)
+        let result = try await run
+        #expect(result.status == 1)
+        #expect(result.error.contains("interrupted"))
+        #expect(try String(contentsOfFile: output, encoding: .utf8).split(separator: "\n").count == 1)
+    }
+
     @Test func `listening for more than comes ends with exit code 1`() async throws {
         let result = try await Program.events(
             ["listen", "--queue", "cli.silent", "--bind", "silent.#", "--count", "1", "--timeout", "0.2"],

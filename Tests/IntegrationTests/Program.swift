@@ -42,16 +42,20 @@ enum Program {
     }
 
     static func events(
-        _ arguments: [String], input: String = "", environment: [String: String] = [:]
+        _ arguments: [String], input: String = "", environment: [String: String] = [:],
+        processFile: String = "/dev/null"
     ) async throws -> Output {
-        try await run(command, arguments, input: input, environment: environment)
+        try await run(command, arguments, input: input, environment: environment, processFile: processFile)
     }
 
+    /// Runs a program to its end. Its process id goes to `processFile` first, for tests that send it a signal.
     static func run(
-        _ program: String, _ arguments: [String], input: String = "", environment: [String: String] = [:]
+        _ program: String, _ arguments: [String], input: String = "", environment: [String: String] = [:],
+        processFile: String = "/dev/null"
     ) async throws -> Output {
         let result = try await Subprocess.run(
-            .name("sh"), arguments: Arguments(["-c", "exec \"$@\"", "test", program] + arguments),
+            .name("sh"),
+            arguments: Arguments(["-c", "echo $$ >\"$0\"; exec \"$@\"", processFile, program] + arguments),
             environment: .inherit.updating(changes(environment)), input: .string(input),
             output: .string(limit: 64 << 20), error: .string(limit: 1 << 20))
         let status: Int32 =
@@ -60,6 +64,13 @@ enum Program {
             case .signaled(let signal): 128 + Int32(signal)
             }
         return Output(status: status, output: result.standardOutput, error: result.standardError)
+    }
+
+    /// Sends a signal to the program whose process id is in a file.
+    static func signal(_ signal: Int32, processFile: String) throws {
+        let text = try String(contentsOfFile: processFile, encoding: .utf8)
+        let process = try #require(pid_t(text.trimmingCharacters(in: .whitespacesAndNewlines)))
+        #expect(kill(process, signal) == 0)
     }
 
     static func changes(_ environment: [String: String]) -> [Environment.Key: String?] {
