@@ -187,16 +187,20 @@ import Testing
                     }
                 }
                 group.addTask {
-                    // Those of the listener alone: a publisher that is cut off publishes again.
-                    var closed = 0
-                    while closed < 10 {
-                        let lines = try await stack.rabbitMQControl("list_connections", "pid", "client_properties")
-                        for line in lines.split(separator: "\n") where line.contains("smap-events.consume") {
-                            let pid = line.split(separator: "\t").first.map(String.init) ?? ""
-                            try await stack.rabbitMQControl("close_connection", pid, "for a test")
-                            closed += 1
-                        }
-                    }
+                    // Those of the listener alone: a publisher that is cut off publishes again. In the broker, since
+                    // starting rabbitmqctl takes seconds.
+                    try await stack.rabbitMQControl(
+                        "eval",
+                        """
+                        Mine = fun() -> [P || [{pid, P}, {client_properties, C}, {channels, N}]
+                          <- rabbit_networking:connection_info_all([pid, client_properties, channels]), N > 0,
+                          lists:any(fun({_, _, V}) -> V =:= <<"smap-events.consume">>; (_) -> false end, C)] end,
+                        Close = fun Close(Closed) when length(Closed) >= 10 -> ok;
+                          Close(Closed) -> timer:sleep(200), New = Mine() -- Closed,
+                            [rabbit_networking:close_connection(P, "for a test") || P <- New],
+                            Close(New ++ Closed) end,
+                        Close([]).
+                        """)
                 }
                 try await group.waitForAll()
             }
