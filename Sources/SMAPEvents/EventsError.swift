@@ -57,6 +57,8 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let queueTooDeep = Code("queueTooDeep", retriable: true)
         /// A message is not an event: not JSON, or not an envelope, or not of the type asked for.
         public static let undecodable = Code("undecodable")
+        /// No handler matches an event.
+        public static let unhandled = Code("unhandled")
         /// A consumer was ended by the broker, for example because its queue was deleted.
         public static let subscriptionCancelled = Code("subscriptionCancelled", retriable: true)
         /// A delivery was settled on a channel that is gone, or settled twice.

@@ -14,7 +14,11 @@ public import SMAPEvents
 /// ```
 public struct EventsTestHarness: Sendable {
     /// The broker, with `smap.events`, the legacy exchange and the dead letter exchange declared.
-    public let broker = InMemoryBroker()
+    public let broker: InMemoryBroker
+    /// What subscribers remember of handled events.
+    public let inbox: InMemoryInbox
+    /// What retries, deadlines and leases are measured by.
+    public let clock: any Clock<Duration>
     /// The store.
     public let store = InMemoryProgressStore()
     /// Publishes to `smap.events`.
@@ -24,17 +28,23 @@ public struct EventsTestHarness: Sendable {
     /// Tracks projects, and tells ``finishLine`` of finishes.
     public let tracker: ProgressTracker
 
-    private init(service: String) {
+    private init(service: String, clock: any Clock<Duration>) {
+        self.clock = clock
+        broker = InMemoryBroker(clock: clock)
+        inbox = InMemoryInbox(clock: clock)
         publisher = EventPublisher(transport: broker, configuration: PublisherConfiguration(service: service))
         finishLine = FinishLine(store: store, publisher: publisher)
         tracker = ProgressTracker(store: store, finishLine: finishLine)
     }
 
     /// Runs `body` in surroundings of its own; the finish line runs beside it.
+    ///
+    /// - Parameter clock: A ``ManualClock`` makes retries wait for nothing but ``ManualClock/advance(by:)``.
     public static func withHarness(
-        service: String = "test", _ body: @escaping @Sendable (EventsTestHarness) async throws -> Void
+        service: String = "test", clock: any Clock<Duration> = ContinuousClock(),
+        _ body: @escaping @Sendable (EventsTestHarness) async throws -> Void
     ) async throws {
-        let harness = EventsTestHarness(service: service)
+        let harness = EventsTestHarness(service: service, clock: clock)
         for exchange in [ExchangeDeclaration.events, .legacyEmail, .deadLetters] {
             try await harness.broker.declare(exchange, deadline: .now + .seconds(5))
         }
@@ -46,10 +56,15 @@ public struct EventsTestHarness: Sendable {
     }
 
     /// Runs a subscriber while `body` runs. Its queue is bound before `body` begins.
+    ///
+    /// - Parameter usesInbox: Whether it remembers what it has handled.
     public func withSubscriber(
-        _ subscription: EventSubscription, _ router: EventRouter, _ body: @escaping @Sendable () async throws -> Void
+        _ subscription: EventSubscription, _ router: EventRouter, usesInbox: Bool = false,
+        _ body: @escaping @Sendable () async throws -> Void
     ) async throws {
-        let subscriber = EventSubscriber(transport: broker, subscription: subscription, router: router)
+        let subscriber = EventSubscriber(
+            transport: broker, subscription: subscription, router: router, inbox: usesInbox ? inbox : nil,
+            clock: clock)
         try await subscriber.declare()
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await subscriber.run() }

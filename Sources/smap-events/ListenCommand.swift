@@ -62,7 +62,7 @@ struct ListenCommand: AsyncParsableCommand {
         var router = EventRouter()
         router.on(matching: "#") { [count, json] delivery in
             // Beyond the count it belongs to whoever listens next.
-            if printed.value.load(ordering: .relaxed) >= count ?? .max { return .retry(after: .zero) }
+            if printed.value.load(ordering: .relaxed) >= count ?? .max { return .giveBack }
             try Self.show(delivery, json: json)
             if printed.value.add(1, ordering: .relaxed).newValue == count {
                 // Acknowledged only when the consumer is being stopped, so that the queue sends no other one.

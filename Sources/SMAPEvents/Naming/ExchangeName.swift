@@ -6,4 +6,7 @@ public enum ExchangeName {
     public static let legacyEmail = "smtp_send_email_exc"
     /// The direct exchange that brings dead letters to their queues.
     public static let deadLetters = "smap.dlx"
+    /// The direct exchange that brings a message back to the queue that its key names, after a delay or from the dead
+    /// letters.
+    public static let requeue = "smap.requeue"
 }

@@ -8,17 +8,11 @@ final class ConsumerIntake: Sendable {
         var generation = 0
         var consumer: (any TransportConsumer)?
         var isFinished = false
-        var working: Int
         var waiting: [UInt64: CheckedContinuation<Void, any Error>] = [:]
-        var idle: [UInt64: CheckedContinuation<Void, Never>] = [:]
         var lastID: UInt64 = 0
     }
 
-    private let state: Mutex<State>
-
-    init(workers: Int) {
-        state = Mutex(State(working: workers))
-    }
+    private let state = Mutex(State())
 
     /// Offers a new consumer to the workers.
     func offer(_ consumer: any TransportConsumer) {
@@ -72,37 +66,6 @@ final class ConsumerIntake: Sendable {
         } onCancel: {
             let worker = state.withLock { $0.waiting.removeValue(forKey: id) }
             worker?.resume(throwing: CancellationError())
-        }
-    }
-
-    /// A worker has ended.
-    func leave() {
-        let idle = state.withLock { state in
-            state.working -= 1
-            guard state.working == 0 else { return [CheckedContinuation<Void, Never>]() }
-            defer { state.idle = [:] }
-            return Array(state.idle.values)
-        }
-        for continuation in idle { continuation.resume() }
-    }
-
-    /// Returns when all workers have ended, or the task is cancelled.
-    func untilEmpty() async {
-        let id = state.withLock { state in
-            state.lastID += 1
-            return state.lastID
-        }
-        await withTaskCancellationHandler {
-            await withCheckedContinuation { continuation in
-                let isOver = state.withLock { state in
-                    if Task.isCancelled || state.working == 0 { return true }
-                    state.idle[id] = continuation
-                    return false
-                }
-                if isOver { continuation.resume() }
-            }
-        } onCancel: {
-            state.withLock { $0.idle.removeValue(forKey: id) }?.resume()
         }
     }
 }

@@ -13,7 +13,7 @@ public struct EventRouter: Sendable {
     /// Handles events of one type.
     ///
     /// An event that matches and is not of this type is dead-lettered as undecodable. A handler that throws asks for a
-    /// retry.
+    /// retry, as the subscription's ``RetryPolicy`` says.
     ///
     /// - Parameter pattern: The keys to take; just the type's own key by default.
     public mutating func on<E: SMAPEvent>(
@@ -31,7 +31,26 @@ public struct EventRouter: Sendable {
         add(pattern, { $0 }, handler)
     }
 
-    private mutating func add<Event: Sendable>(
+    /// Handles events of one type in batches, with one outcome for each, in their order.
+    ///
+    /// A batch is handled when it is full, or when its first event has waited for `wait`. Each waiting event holds one of
+    /// the subscription's handlers, so batches grow no larger than ``EventSubscription/concurrency``. If the handler throws,
+    /// or returns another number of outcomes, all of the batch is retried.
+    ///
+    /// - Parameters:
+    ///   - size: How many events a batch holds at most, 1 or more.
+    ///   - wait: How long an event waits for others, 1 s by default.
+    ///   - clock: What measures that; for tests.
+    public mutating func onBatch<E: SMAPEvent>(
+        of type: E.Type, matching pattern: TopicPattern? = nil, size: Int, within wait: Duration = .seconds(1),
+        clock: any Clock<Duration> = ContinuousClock(),
+        _ handler: @escaping @Sendable ([EventDelivery<E>]) async throws -> [HandlerOutcome]
+    ) {
+        let batches = BatchCollector(size: max(1, size), wait: wait, stopwatch: Stopwatch(clock), handler)
+        add(pattern ?? TopicPattern(E.routingKey), { try $0.decode(type) }) { try await batches.handle($0) }
+    }
+
+    mutating func add<Event: Sendable>(
         _ pattern: TopicPattern, _ decode: @escaping @Sendable (EventEnvelope) throws -> Event,
         _ handler: @escaping @Sendable (EventDelivery<Event>) async throws -> HandlerOutcome
     ) {
@@ -45,22 +64,22 @@ public struct EventRouter: Sendable {
             })
     }
 
-    /// Finds out what becomes of a message. Throws what its handler throws.
-    func outcome(of inbound: InboundDelivery, from queue: QueueName) async throws -> HandlerOutcome {
-        do {
-            let envelope = try EventEnvelope(
-                parsing: inbound.body, routingKey: inbound.routingKey,
-                timestamp: inbound.properties.timestamp ?? inbound.receivedAt)
-            // A message in a queue of ours came by its key, but in one that was moved or replayed only the payload
-            // knows it.
-            let key = inbound.routingKey
-            let named = envelope.routingKey?.rawValue
-            guard
-                let route = routes.first(where: { $0.pattern.matches(key) || (named.map($0.pattern.matches) ?? false) })
-            else { return .deadLetter(reason: "unhandled") }
-            return try await route.handle(envelope, inbound, queue)
-        } catch let error as EventsError where error.code == .undecodable {
-            return .deadLetter(reason: "undecodable: \(error.message)")
-        }
+    /// Reads a message. Throws ``EventsError/Code/undecodable``.
+    func envelope(of inbound: InboundDelivery) throws -> EventEnvelope {
+        try EventEnvelope(
+            parsing: inbound.body, routingKey: inbound.routingKey,
+            timestamp: inbound.properties.timestamp ?? inbound.receivedAt)
+    }
+
+    /// Has the handler of an event decide. Throws what it throws, and ``EventsError/Code/unhandled`` if there is none.
+    func outcome(
+        of envelope: EventEnvelope, in inbound: InboundDelivery, from queue: QueueName
+    ) async throws -> HandlerOutcome {
+        // A message in a queue of ours came by its key, but in one that was moved by hand only the payload knows it.
+        let key = inbound.routingKey
+        let named = envelope.routingKey?.rawValue
+        guard let route = routes.first(where: { $0.pattern.matches(key) || (named.map($0.pattern.matches) ?? false) })
+        else { throw EventsError(.unhandled, "unhandled: no handler matches", operation: "handle from \(queue)") }
+        return try await route.handle(envelope, inbound, queue)
     }
 }

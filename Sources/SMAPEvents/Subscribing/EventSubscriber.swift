@@ -6,8 +6,9 @@ public import Tracing
 
 /// Consumes events from a queue and gives them to handlers.
 ///
-/// Invariant (P3): each delivery is settled once, and only after its handler has decided. A delivery whose handler was
-/// cut short, or whose connection was lost, is not settled at all: the broker delivers it again.
+/// Invariant (P3): each delivery has one outcome, and is acknowledged only after its handler has decided so, or after the
+/// copy that replaces it (to be retried, or as a dead letter) is confirmed. A delivery whose handler was cut short, or
+/// whose connection was lost, is not settled at all: the broker delivers it again.
 ///
 /// When the connection is lost, or the broker ends the consumer, the queue is declared and consumed again, after a delay
 /// that grows. Handlers that run meanwhile are left to finish.
@@ -17,86 +18,116 @@ public final class EventSubscriber: Service {
         case starting
         case consuming
         case recovering(EventsError)
+        case paused
         case stopping
         case ended
     }
 
+    /// Why a consumer was ended in order.
+    private enum End {
+        case shutdown
+        /// The circuit breaker wants another one, or none for now, as of a time of the stopwatch.
+        case breaker(Duration)
+    }
+
     private let transport: any EventTransport
     private let subscription: EventSubscription
-    private let router: EventRouter
     private let logger: Logger
-    private let tracing: MessageTracing
+    private let stopwatch: Stopwatch
+    private let processor: DeliveryProcessor
     private let metrics: ConsumerMetrics
+    private let breaker: CircuitBreaker?
+    private let hasInbox: Bool
     private let phase = Mutex(Phase.idle)
+    private let pool = Mutex<HandlerPool?>(nil)
 
     /// Makes a subscriber; ``run()`` starts it.
     ///
-    /// - Parameter tracer: Makes a span around each handler; the bootstrapped tracer by default.
+    /// - Parameters:
+    ///   - inbox: Remembers what has been handled; without one, an event that comes twice is handled twice.
+    ///   - tracer: Makes a span around each handler; the bootstrapped tracer by default.
+    ///   - clock: Measures handlers and pauses; for tests.
     public init(
-        transport: any EventTransport, subscription: EventSubscription, router: EventRouter, logger: Logger = .silent,
-        tracer: any Tracer = InstrumentationSystem.tracer
+        transport: any EventTransport, subscription: EventSubscription, router: EventRouter,
+        inbox: (any Inbox)? = nil, logger: Logger = .silent, tracer: any Tracer = InstrumentationSystem.tracer,
+        clock: any Clock<Duration> = ContinuousClock()
     ) {
         self.transport = transport
         self.subscription = subscription
-        self.router = router
         self.logger = logger
-        self.tracing = MessageTracing(tracer)
+        self.hasInbox = inbox != nil
         self.metrics = ConsumerMetrics(subscription.queue)
+        self.stopwatch = Stopwatch(clock)
+        self.breaker = subscription.circuitBreaker.map { CircuitBreaker($0) }
+        self.processor = DeliveryProcessor(
+            transport: transport, subscription: subscription, router: router, inbox: inbox, stopwatch: stopwatch,
+            logger: logger, tracing: MessageTracing(tracer), metrics: metrics)
     }
 
-    /// Declares the queue and its dead letter queue, then handles deliveries until graceful shutdown or cancellation.
+    /// Declares what the subscription needs, then handles deliveries until graceful shutdown or cancellation.
     ///
     /// On graceful shutdown it takes no more deliveries, lets those in hand be finished for up to
-    /// ``EventSubscription/drainTimeout``, settles them, and gives the rest back to the queue. While the broker is away it
-    /// goes on trying; ``health()`` tells.
+    /// ``EventSubscription/drainTimeout``, settles them, and gives the rest back to the queue. Handlers that go on are
+    /// cancelled, and given a second to notice. While the broker is away it goes on trying; ``health()`` tells.
     ///
     /// - Throws: ``EventsError`` for what trying again does not mend: the queue exists with other arguments, access is
     ///   refused, the transport was closed; and when the queue was deleted, if
     ///   ``EventSubscription/resumesWhenCancelled`` is off.
     public func run() async throws {
-        try subscription.validate()
+        try subscription.validate(usesInbox: hasInbox)
         try subscription.topology.validate()
         enter(.starting)
         defer { enter(.ended) }
-        let intake = ConsumerIntake(workers: subscription.concurrency)
-        try await withThrowingTaskGroup(of: IsOver.self) { group in
-            for _ in 0..<subscription.concurrency {
-                group.addTask {
-                    defer { intake.leave() }
-                    try await self.work(intake)
-                    return false
+        let intake = ConsumerIntake()
+        let pool = HandlerPool { [self] pool, worker in try? await work(intake, pool, worker) }
+        self.pool.withLock { $0 = pool }
+        for _ in 0..<subscription.concurrency { pool.start() }
+        let result: Result<Void, any Error>
+        do {
+            try await withTaskCancellationHandler {
+                try await withThrowingTaskGroup(of: Void.self) { group in
+                    group.addTask { try await self.consume(intake, pool) }
+                    group.addTask { try await self.watch(pool) }
+                    defer { group.cancelAll() }
+                    // The consumer ends; the watch does not.
+                    try await group.next()
                 }
+            } onCancel: {
+                pool.cancel()
             }
-            group.addTask {
-                try await self.consume(intake)
-                return true
-            }
-            defer { group.cancelAll() }
-            // Once the consumer has been shut down, handlers that still run have used up their time.
-            while let isOver = try await group.next(), !isOver {}
+            result = .success(())
+        } catch {
+            result = .failure(error)
         }
+        // Handlers that still run have used up their time.
+        pool.cancel()
+        await pool.until(within: .seconds(1)) { $0.workers == 0 }
+        try result.get()
     }
 
-    private typealias IsOver = Bool
-
-    /// Declares the queue, its bindings, and the queue that its dead letters go to. ``run()`` does it by itself; call
-    /// it before publishers start, if no event may be missed.
+    /// Declares the queue, its bindings, the queue that its dead letters go to, and those in which retries wait. ``run()``
+    /// does it by itself; call it before publishers start, if no event may be missed.
     public func declare() async throws {
         try await subscription.topology.apply(to: transport, deadline: subscription.deadline)
     }
 
-    /// Whether the broker has an active consumer for this subscription, and if not, why.
+    /// Whether the broker has an active consumer for this subscription and there is a handler free to work, and if not, why.
     public func health() async -> Health {
         let problem: String? =
             switch phase.withLock({ $0 }) {
-            case .consuming: nil
+            case .consuming: isStuck ? "has \(subscription.concurrency) handlers, all past their deadline" : nil
             case .idle: "is not running"
             case .starting: "is starting"
             case .recovering(let error): "is not consuming: \(error)"
+            case .paused: "is paused: too many deliveries have failed"
             case .stopping: "is shutting down"
             case .ended: "has ended"
             }
         return Health(problems: problem.map { ["subscription \(subscription.queue) \($0)"] } ?? [])
+    }
+
+    private var isStuck: Bool {
+        pool.withLock { $0?.load.overdue ?? 0 } >= subscription.concurrency
     }
 
     private func enter(_ next: Phase) {
@@ -109,20 +140,25 @@ public final class EventSubscriber: Service {
     // MARK: Consumers
 
     /// Keeps a consumer going until graceful shutdown, which ends it in order.
-    private func consume(_ intake: ConsumerIntake) async throws {
+    private func consume(_ intake: ConsumerIntake, _ pool: HandlerPool) async throws {
         var failures = 0
         var hasConsumed = false
         while !Task.isShuttingDownGracefully {
             do {
                 try await cancelWhenGracefulShutdown { try await self.declare() }
-                try await transport.withConsumer(
-                    on: subscription.queue, prefetch: subscription.prefetch, deadline: .now + subscription.deadline
+                // One at a time, while it is not known whether handlers can work again.
+                let isTrial = breaker?.phase == .trial
+                let end = try await transport.withConsumer(
+                    on: subscription.queue, prefetch: isTrial ? 1 : subscription.prefetch,
+                    deadline: .now + subscription.deadline
                 ) { consumer in
                     enter(.consuming)
-                    intake.offer(consumer)
-                    try await serve(consumer, intake)
+                    return try await serve(consumer, intake, pool)
                 }
-                return
+                guard case .breaker(let start) = end else { return }
+                hasConsumed = true
+                failures = 0
+                try await pause(since: start)
             } catch is CancellationError where Task.isShuttingDownGracefully {
                 return
             } catch let error as EventsError {
@@ -151,38 +187,102 @@ public final class EventSubscriber: Service {
         }
     }
 
+    /// Has the workers take deliveries from a consumer, in lanes if so wanted.
+    private func serve(
+        _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
+    ) async throws
+        -> End
+    {
+        guard let lane = subscription.lane else { return try await attend(consumer, intake, pool) }
+        let laned = LanedConsumer(consumer, stopwatch: stopwatch) { [processor] delivery in
+            (try? processor.router.envelope(of: delivery.restored())).flatMap(lane.key) ?? ""
+        }
+        return try await withThrowingTaskGroup(of: End?.self) { group in
+            group.addTask {
+                await laned.sort()
+                return nil
+            }
+            group.addTask { try await self.attend(laned, intake, pool) }
+            defer {
+                laned.end(nil)
+                group.cancelAll()
+            }
+            while let end = try await group.next() {
+                if let end { return end }
+            }
+            return .shutdown
+        }
+    }
+
     /// Waits until the consumer has ended, which is an error, or is to be ended.
-    private func serve(_ consumer: any TransportConsumer, _ intake: ConsumerIntake) async throws {
-        try await withThrowingTaskGroup(of: Void.self) { group in
-            group.addTask { try await consumer.untilEnded() }
-            group.addTask { try await gracefulShutdown() }
+    private func attend(
+        _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
+    ) async throws -> End {
+        intake.offer(consumer)
+        let end = try await withThrowingTaskGroup(of: End.self) { group in
+            group.addTask {
+                try await consumer.untilEnded()
+                return .shutdown
+            }
+            group.addTask {
+                try await gracefulShutdown()
+                return .shutdown
+            }
+            if let breaker {
+                group.addTask { [stopwatch] in
+                    await breaker.untilChanged()
+                    try Task.checkCancellation()
+                    return .breaker(stopwatch.elapsed())
+                }
+            }
             defer { group.cancelAll() }
-            try await group.next()
+            return try await group.next() ?? .shutdown
         }
-        enter(.stopping)
-        await consumer.stop()
-        intake.finish()
-        // The channel stays open meanwhile, so that what handlers decide still goes out.
-        await withTaskGroup { group in
-            group.addTask { await intake.untilEmpty() }
-            group.addTask { [subscription] in try? await Task.sleep(for: subscription.drainTimeout) }
-            await group.next()
-            group.cancelAll()
+        // The channel stays open while handlers finish, so that what they decide still goes out.
+        if case .breaker = end {
+            enter(.paused)
+            await consumer.stop()
+            await pool.until(within: subscription.handlerDeadline + subscription.deadline) { $0.busy == $0.overdue }
+        } else {
+            enter(.stopping)
+            await consumer.stop()
+            intake.finish()
+            await pool.until(within: subscription.drainTimeout) { $0.workers == 0 }
         }
+        return end
+    }
+
+    /// The pause of an open circuit breaker; what was in hand has been settled.
+    private func pause(since start: Duration) async throws {
+        guard let breaker, breaker.phase == .open else { return }
+        logger.warning(
+            "subscription paused",
+            metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
+        try? await cancelWhenGracefulShutdown { [stopwatch] in
+            try await stopwatch.sleepUntil(start + breaker.policy.pause)
+        }
+        try Task.checkCancellation()
+        breaker.beginTrial()
     }
 
     // MARK: Workers
 
-    private func work(_ intake: ConsumerIntake) async throws {
+    private func work(_ intake: ConsumerIntake, _ pool: HandlerPool, _ worker: Int) async throws {
         var generation = 0
         while let (next, consumer) = try await intake.consumer(after: generation) {
             generation = next
             do {
                 while let delivery = try await consumer.next() {
                     let start = ContinuousClock.now
-                    let settlement = try await decide(delivery)
-                    let isSettled = settle(delivery, settlement, consumer)
-                    metrics.handled(isSettled ? settlement : nil, since: start)
+                    let inHand = DeliveryInHand(delivery.restored(), consumer)
+                    pool.hold(inHand, worker)
+                    let verdict = await processor.verdict(on: inHand)
+                    // Otherwise its time was up, it is being retried, and this worker is replaced.
+                    guard inHand.decide() else { return }
+                    await conclude(inHand, verdict, since: start)
+                    pool.hold(nil, worker)
+                    // What was fetched ahead goes back with the consumer.
+                    if breaker?.phase == .open { break }
                 }
             } catch is EventsError {
                 // This consumer is gone; there will be another.
@@ -190,56 +290,32 @@ public final class EventSubscriber: Service {
         }
     }
 
-    private func settle(
-        _ delivery: InboundDelivery, _ settlement: Settlement, _ consumer: any TransportConsumer
-    ) -> Bool {
-        do {
-            try consumer.settle(delivery, settlement)
-            return true
-        } catch {
-            logger.warning(
-                "delivery could not be settled and will come again",
-                metadata: ["event_id": "\(delivery.properties.messageID ?? "")", "queue": "\(subscription.queue)"])
-            return false
-        }
+    private func conclude(
+        _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
+    ) async {
+        // What is tried while the breaker is not closed must not use up its attempts.
+        let counts = breaker.map { $0.phase != .trial } ?? true
+        await processor.conclude(inHand, verdict, counts: counts, since: start)
+        if let failure = verdict.isFailure { breaker?.record(failure: failure) }
     }
 
-    private func decide(_ delivery: InboundDelivery) async throws -> Settlement {
-        let outcome: HandlerOutcome
-        do {
-            outcome = try await tracing.process(delivery, from: subscription.queue) {
-                try await router.outcome(of: delivery, from: subscription.queue)
+    /// Takes deliveries from handlers that are past their deadline.
+    private func watch(_ pool: HandlerPool) async throws {
+        let limit = subscription.handlerDeadline
+        try await withThrowingDiscardingTaskGroup { group in
+            while true {
+                let now = stopwatch.elapsed()
+                let (overdue, next) = pool.takeOverdue(now: now)
+                for inHand in overdue {
+                    processor.log("handler is past its deadline", inHand.delivery, reason: "\(limit)")
+                    group.addTask {
+                        await self.conclude(inHand, .retry(nil, cause: "handlerDeadline"), since: .now - limit)
+                    }
+                }
+                metrics.overdue(pool.load.overdue)
+                // What begins after this cannot be due before then.
+                try await stopwatch.sleepUntil(min(next ?? now + limit, now + limit))
             }
-        } catch is CancellationError {
-            throw CancellationError()
-        } catch {
-            // The type only: a handler's own error may quote the event.
-            log("handler failed", delivery, reason: (error as? EventsError)?.description ?? "\(type(of: error))")
-            outcome = .retry()
         }
-        switch outcome.decision {
-        case .acknowledge:
-            return .acknowledge
-        case .deadLetter(let reason):
-            log("event dead-lettered", delivery, reason: reason)
-            return .reject
-        case .retry(let delay):
-            guard delivery.attempt < subscription.maximumAttempts else {
-                log("event dead-lettered", delivery, reason: "gave up after \(delivery.attempt) attempts")
-                return .reject
-            }
-            // The delay is the point here. It holds this handler's place, so retries cannot crowd out what works.
-            try await Task.sleep(for: delay)
-            return .requeue
-        }
-    }
-
-    private func log(_ message: Logger.Message, _ delivery: InboundDelivery, reason: String) {
-        logger.warning(
-            message,
-            metadata: [
-                "event_id": "\(delivery.properties.messageID ?? "")", "routing_key": "\(delivery.routingKey)",
-                "queue": "\(subscription.queue)", "attempt": "\(delivery.attempt)", "reason": "\(reason)",
-            ])
     }
 }

@@ -13,9 +13,33 @@ public struct EventSubscription: Sendable {
     public var prefetch: Int
     /// How many handlers run at a time. 1 to ``prefetch``; 16 by default.
     public var concurrency: Int
-    /// After so many attempts a message is dead-lettered instead of retried, 20 by default. Needs a quorum queue, which
-    /// counts deliveries.
-    public var maximumAttempts: Int
+    /// What happens when a handler fails. See ``RetryPolicy``.
+    public var retry: RetryPolicy
+    /// How often a message may come again without an answer, because its consumer died or lost its connection, before it is
+    /// dead-lettered: it may be what kills its consumers. 20 by default. Needs a quorum queue, which counts deliveries;
+    /// those that were only fetched ahead count too.
+    public var maximumRedeliveries = 20
+    /// How long a handler may take, 60 s by default. Then its task is cancelled, and the delivery goes to retry. A handler
+    /// that ignores its cancellation keeps its place until it ends; when all places are held so, the subscription is not
+    /// healthy.
+    public var handlerDeadline: Duration = .seconds(60)
+    /// When to pause because handlers fail; never by default.
+    public var circuitBreaker: CircuitBreakerPolicy?
+    /// Whose deliveries are handled one after the other, in the order of the queue; by default nobody's.
+    ///
+    /// A failed delivery then waits for its next attempt in its lane, and those behind it with it: attempts are counted in
+    /// this process, and a pause is at most a quarter of an hour, since RabbitMQ takes back what is unsettled for longer
+    /// than half an hour. All that waits counts towards ``prefetch``: a lane that stands still and is fed on and on ends up
+    /// holding up the others.
+    public var lane: Lane?
+    /// Whether the broker gives the queue's messages to one consumer at a time, and to the next one when that is gone
+    /// (`x-single-active-consumer`). With ``lane`` this is what keeps the order across processes. Off by default.
+    ///
+    /// There are no lanes over several queues: a topic exchange cannot spread one key over queues without the plugin
+    /// `rabbitmq_consistent_hash_exchange`, which this platform does not ask for.
+    public var isSingleActive = false
+    /// How an inbox is used, if the subscriber is given one.
+    public var inbox = InboxPolicy()
     /// How long declaring the queue and starting its consumer may take, 30 s by default.
     public var deadline: Duration
     /// How long handlers may go on after graceful shutdown has begun, 25 s by default: a little less than the 30 s that
@@ -34,8 +58,8 @@ public struct EventSubscription: Sendable {
     /// Describes a subscription.
     public init(
         queue: QueueName, bindings: [TopicPattern], exchange: String = ExchangeName.events,
-        kind: QueueDeclaration.Kind = .quorum, prefetch: Int = 256, concurrency: Int = 16, maximumAttempts: Int = 20,
-        deadline: Duration = .seconds(30)
+        kind: QueueDeclaration.Kind = .quorum, prefetch: Int = 256, concurrency: Int = 16,
+        retry: RetryPolicy = RetryPolicy(), deadline: Duration = .seconds(30)
     ) {
         self.queue = queue
         self.bindings = bindings
@@ -43,20 +67,40 @@ public struct EventSubscription: Sendable {
         self.kind = kind
         self.prefetch = prefetch
         self.concurrency = concurrency
-        self.maximumAttempts = maximumAttempts
+        self.retry = retry
         self.deadline = deadline
     }
 
-    /// What the subscription needs at the broker: its queue, its bindings, and a queue for its dead letters.
+    /// By what deliveries are put into lanes.
+    public struct Lane: Sendable {
+        let key: @Sendable (EventEnvelope) -> String?
+
+        /// By the event's project. Events without one share a lane.
+        public static let project = Lane { $0.projectID?.rawValue }
+
+        /// By a key of your own; events without one share a lane.
+        public init(key: @escaping @Sendable (EventEnvelope) -> String?) { self.key = key }
+    }
+
+    /// How long a lease on an event lasts: as long as its handler may take, and then some for its settlement.
+    var lease: Duration { handlerDeadline + deadline }
+
+    /// What the subscription needs at the broker: its queue, its bindings, a queue for its dead letters, and those in which
+    /// retries wait.
     public var topology: Topology {
         var topology = Topology(exchanges: [.deadLetters])
+        topology.insert(retry.topology)
         // Other exchanges than ours are whoever's they are.
         if exchange == ExchangeName.events { topology.insert(.events) }
         topology.insert(QueueDeclaration(queue.deadLetterQueue, kind: kind))
         topology.insert(
             QueueBinding(
                 queue: queue.deadLetterQueue, exchange: ExchangeName.deadLetters, routingKey: queue.rawValue))
-        topology.insert(QueueDeclaration(queue, kind: kind, deadLetters: true))
+        topology.insert(
+            QueueDeclaration(
+                queue, kind: kind, deadLetters: true,
+                additionalArguments: isSingleActive ? ["x-single-active-consumer": .boolean(true)] : [:]))
+        topology.insert(QueueBinding(queue: queue, exchange: ExchangeName.requeue, routingKey: queue.rawValue))
         for pattern in bindings {
             topology.insert(QueueBinding(queue: queue, exchange: exchange, routingKey: pattern.rawValue))
         }
@@ -68,14 +112,24 @@ public struct EventSubscription: Sendable {
         Backoff(first: retryDelay, longest: maximumRetryDelay).delay(after: failures)
     }
 
-    func validate() throws {
-        guard (1...65_535).contains(prefetch), (1...prefetch).contains(concurrency), maximumAttempts > 0,
-            drainTimeout >= .zero, retryDelay > .zero, maximumRetryDelay >= retryDelay
-        else {
-            throw EventsError(
-                .invalidConfiguration,
-                "prefetch is 1 to 65535, concurrency 1 to prefetch, maximumAttempts 1 or more, and delays are not negative",
-                operation: "subscribe to \(queue)")
+    func validate(usesInbox: Bool) throws {
+        let operation = "subscribe to \(queue)"
+        func require(_ condition: Bool, _ rule: String) throws {
+            guard condition else { throw EventsError(.invalidConfiguration, rule, operation: operation) }
         }
+        try require((1...65_535).contains(prefetch), "prefetch is 1 to 65535")
+        try require((1...prefetch).contains(concurrency), "concurrency is 1 to prefetch")
+        try require(maximumRedeliveries > 0, "maximumRedeliveries is 1 or more")
+        try require(handlerDeadline > .zero && drainTimeout >= .zero, "deadlines are above zero")
+        try require(retryDelay > .zero && maximumRetryDelay >= retryDelay, "pauses are above zero")
+        try retry.validate(operation)
+        try require(
+            lane == nil || (retry.usedRungs.last ?? .zero) <= .seconds(900), "with lanes a pause is 15 min at most")
+        try require(circuitBreaker?.isValid ?? true, "the circuit breaker has a window, a share above 0, and a pause")
+        try require(
+            !usesInbox || (inbox.timeToLive > retry.longestSpan && inbox.deadline > .zero),
+            "the inbox forgets after \(inbox.timeToLive), but a retry may come after \(retry.longestSpan)")
+        try require(
+            (1...245).contains((inbox.scope ?? queue.rawValue).utf8.count), "an inbox's scope has 1 to 245 bytes")
     }
 }

@@ -27,4 +27,6 @@ public struct ExchangeDeclaration: Sendable, Hashable {
     public static let legacyEmail = ExchangeDeclaration(name: ExchangeName.legacyEmail, kind: .fanout)
     /// `smap.dlx`: direct.
     public static let deadLetters = ExchangeDeclaration(name: ExchangeName.deadLetters, kind: .direct)
+    /// `smap.requeue`: direct.
+    public static let requeue = ExchangeDeclaration(name: ExchangeName.requeue, kind: .direct)
 }

@@ -20,11 +20,22 @@ public struct InboundDelivery: Sendable {
     public let body: [UInt8]
     /// When it arrived here.
     public let receivedAt: Date
+    /// How many attempts at handling it have failed, as a copy of it remembers.
+    package let failedAttempts: Int
 
     /// Puts a delivery together, as a transport does.
     public init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
         body: [UInt8], receivedAt: Date = Date()
+    ) {
+        self.init(
+            tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
+            body: body, receivedAt: receivedAt, failedAttempts: 0)
+    }
+
+    package init(
+        tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
+        body: [UInt8], receivedAt: Date, failedAttempts: Int
     ) {
         self.tag = tag
         self.exchange = exchange
@@ -33,16 +44,21 @@ public struct InboundDelivery: Sendable {
         self.properties = properties
         self.body = body
         self.receivedAt = receivedAt
+        self.failedAttempts = failedAttempts
     }
 
-    /// Which attempt at handling this message it is, from 1.
+    /// Which attempt at handling this message it is, from 1: those that failed, and those that were cut short because a
+    /// process died or a connection was lost.
+    public var attempt: Int { failedAttempts + redeliveries + 1 }
+
+    /// How often it was delivered before without an answer, since it was put into its queue.
     ///
     /// Quorum queues count deliveries (`x-delivery-count`). Other queues only tell that there was one before: then it
-    /// is 2.
-    public var attempt: Int {
+    /// is 1.
+    public var redeliveries: Int {
         if case .integer(let count) = properties.headers["x-delivery-count"] {
-            return Int(clamping: max(0, count)).addingReportingOverflow(1).partialValue
+            return max(0, Int(clamping: min(count, 1_000_000_000)))
         }
-        return isRedelivered ? 2 : 1
+        return isRedelivered ? 1 : 0
     }
 }

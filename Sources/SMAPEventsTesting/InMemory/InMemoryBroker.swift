@@ -6,7 +6,7 @@ internal import Synchronization
 /// letters, and messages that reach no queue.
 ///
 /// It answers as RabbitMQ does; `TransportContract` holds both to the same promises. Nothing is persistent, and nothing
-/// takes time.
+/// takes time but the pauses of queues with `x-message-ttl`, in which retries wait: those pass on a clock of your choice.
 public final class InMemoryBroker: EventTransport {
     private struct Message {
         let position: UInt64
@@ -38,9 +38,12 @@ public final class InMemoryBroker: EventTransport {
     }
 
     private let state = Mutex(State())
+    private let stopwatch: Stopwatch
 
     /// Makes an empty broker: no exchanges, no queues.
-    public init() {}
+    ///
+    /// - Parameter clock: What the pauses of delay queues are measured by; a ``ManualClock`` passes them in no time.
+    public init(clock: any Clock<Duration> = ContinuousClock()) { stopwatch = Stopwatch(clock) }
 
     /// The messages that wait in a queue, oldest first; those in the hands of consumers are not among them.
     public func messages(in queue: QueueName) -> [OutboundMessage] {
@@ -137,7 +140,7 @@ public final class InMemoryBroker: EventTransport {
                 throw EventsError(
                     .exchangeNotFound, "no exchange '\(message.exchange)'", operation: "publish")
             }
-            return Self.route(message, &state)
+            return route(message, &state)
         }
     }
 
@@ -202,12 +205,7 @@ public final class InMemoryBroker: EventTransport {
             case .acknowledge: break
             case .requeue: Self.putBack(message, consumer.queue, &state)
             case .reject:
-                if state.queues[consumer.queue]?.declaration.deadLetters == true {
-                    var dead = message.content
-                    dead.exchange = ExchangeName.deadLetters
-                    dead.routingKey = consumer.queue.rawValue
-                    _ = Self.route(dead, &state)
-                }
+                deadLetter(message.content, from: consumer.queue, &state)
             }
             Self.dispatch(consumer.queue, &state)
         }
@@ -232,7 +230,27 @@ public final class InMemoryBroker: EventTransport {
 
     // MARK: Routing
 
-    private static func route(_ message: OutboundMessage, _ state: inout State) -> Bool {
+    /// Hands a message on to the dead letter exchange of its queue, if that has one.
+    private func deadLetter(_ message: OutboundMessage, from queue: QueueName, _ state: inout State) {
+        let arguments = state.queues[queue]?.declaration.arguments ?? [:]
+        guard case .string(let exchange) = arguments["x-dead-letter-exchange"] else { return }
+        var dead = message
+        dead.exchange = exchange
+        if case .string(let key) = arguments["x-dead-letter-routing-key"] { dead.routingKey = key }
+        _ = route(dead, &state)
+    }
+
+    /// Hands a message on when its time in a delay queue is over, unless it has left before.
+    private func expire(_ position: UInt64, in queue: QueueName) {
+        state.withLock { state in
+            guard let index = state.queues[queue]?.ready.firstIndex(where: { $0.position == position }),
+                let message = state.queues[queue]?.ready.remove(at: index)
+            else { return }
+            deadLetter(message.content, from: queue, &state)
+        }
+    }
+
+    private func route(_ message: OutboundMessage, _ state: inout State) -> Bool {
         let kind = state.exchanges[message.exchange]
         var targets: Set<QueueName> = []
         for binding in state.bindings where binding.exchange == message.exchange {
@@ -247,8 +265,16 @@ public final class InMemoryBroker: EventTransport {
         }
         for queue in targets {
             state.lastPosition += 1
-            state.queues[queue]?.ready.append(Message(position: state.lastPosition, content: message))
-            dispatch(queue, &state)
+            let position = state.lastPosition
+            state.queues[queue]?.ready.append(Message(position: position, content: message))
+            if case .integer(let pause) = state.queues[queue]?.declaration.arguments["x-message-ttl"] {
+                let due = stopwatch.elapsed() + .milliseconds(pause)
+                Task { [stopwatch, weak self] in
+                    try? await stopwatch.sleepUntil(due)
+                    self?.expire(position, in: queue)
+                }
+            }
+            Self.dispatch(queue, &state)
         }
         return !targets.isEmpty
     }

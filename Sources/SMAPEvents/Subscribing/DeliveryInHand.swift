@@ -1,0 +1,41 @@
+internal import Synchronization
+
+/// A delivery between being taken from its consumer and being settled.
+///
+/// Invariant (P3): one outcome. Whoever decides first settles it: its worker, or the watch, when its time is up.
+final class DeliveryInHand: Sendable {
+    private struct State {
+        var isDecided = false
+        var claim: (entry: InboxEntry, token: String)?
+        var due: Duration?
+    }
+
+    let delivery: InboundDelivery
+    let consumer: any TransportConsumer
+    private let state = Mutex(State())
+
+    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer) {
+        self.delivery = delivery
+        self.consumer = consumer
+    }
+
+    /// Takes the decision. False if somebody has taken it before.
+    func decide() -> Bool {
+        state.withLock { state in
+            defer { state.isDecided = true }
+            return !state.isDecided
+        }
+    }
+
+    /// The lease on its event, if it has one.
+    var claim: (entry: InboxEntry, token: String)? {
+        get { state.withLock { $0.claim } }
+        set { state.withLock { $0.claim = newValue } }
+    }
+
+    /// When its handler is out of time, as the subscription's stopwatch counts. Nil while no handler runs.
+    var due: Duration? {
+        get { state.withLock { $0.isDecided ? nil : $0.due } }
+        set { state.withLock { $0.due = newValue } }
+    }
+}

@@ -1,0 +1,280 @@
+internal import Logging
+
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
+/// Takes a delivery through inbox, handler and settlement.
+///
+/// Invariant (P3): a delivery is acknowledged only after its event was handled, or after the copy that replaces it is
+/// confirmed. What dies in between is delivered again: a duplicate, never a loss.
+struct DeliveryProcessor: Sendable {
+    /// What becomes of a delivery.
+    enum Verdict {
+        case acknowledge
+        /// Another attempt, after a pause that the handler may have named.
+        case retry(Duration?, cause: String)
+        /// It could not be tried at all: later, and not counted.
+        case later(Duration)
+        case deadLetter(reason: String, errorType: String)
+        case giveBack
+        /// Its handler was cut short: it is not settled, and comes again.
+        case abandon
+
+        /// Whether it is the failure of a handler; nil for what says nothing about handlers.
+        var isFailure: Bool? {
+            switch self {
+            case .acknowledge: false
+            case .retry: true
+            case .later, .deadLetter, .giveBack, .abandon: nil
+            }
+        }
+    }
+
+    let transport: any EventTransport
+    let subscription: EventSubscription
+    let router: EventRouter
+    let inbox: (any Inbox)?
+    let stopwatch: Stopwatch
+    let logger: Logger
+    let tracing: MessageTracing
+    let metrics: ConsumerMetrics
+
+    // MARK: Handling
+
+    /// Asks the inbox, then the handler.
+    func verdict(on inHand: DeliveryInHand) async -> Verdict {
+        let delivery = inHand.delivery
+        guard delivery.redeliveries < subscription.maximumRedeliveries else {
+            return .deadLetter(
+                reason: "delivered \(delivery.redeliveries + 1) times without an answer: it may kill its consumers",
+                errorType: "poison")
+        }
+        let envelope: EventEnvelope
+        do { envelope = try router.envelope(of: delivery) } catch {
+            return .deadLetter(
+                reason: "undecodable: \((error as? EventsError)?.message ?? "\(type(of: error))")",
+                errorType: "undecodable")
+        }
+        if let inbox {
+            switch await claim(envelope, inHand, inbox) {
+            case nil: break
+            case .some(let verdict): return verdict
+            }
+        }
+        inHand.due = stopwatch.elapsed() + subscription.handlerDeadline
+        do {
+            let outcome = try await tracing.process(delivery, from: subscription.queue) {
+                try await router.outcome(of: envelope, in: delivery, from: subscription.queue)
+            }
+            switch outcome.decision {
+            case .acknowledge: return .acknowledge
+            case .retry(let pause): return .retry(pause, cause: "retry")
+            case .deadLetter(let reason): return .deadLetter(reason: reason, errorType: "rejected")
+            case .giveBack: return .giveBack
+            }
+        } catch is CancellationError where Task.isCancelled {
+            return .abandon
+        } catch let error as EventsError where error.code == .undecodable {
+            return .deadLetter(reason: "undecodable: \(error.message)", errorType: "undecodable")
+        } catch let error as EventsError where error.code == .unhandled {
+            return .deadLetter(reason: error.message, errorType: "unhandled")
+        } catch {
+            // The type only: a handler's own error may quote the event.
+            let cause = (error as? EventsError)?.code.description ?? "\(type(of: error))"
+            let reason = (error as? EventsError)?.description ?? cause
+            log("handler failed", delivery, reason: reason)
+            return subscription.retry.isRetriable(error)
+                ? .retry(nil, cause: cause) : .deadLetter(reason: "not worth a retry: \(cause)", errorType: cause)
+        }
+    }
+
+    /// Nil when the event is ours to handle.
+    private func claim(_ envelope: EventEnvelope, _ inHand: DeliveryInHand, _ inbox: any Inbox) async -> Verdict? {
+        let policy = subscription.inbox
+        let entry = InboxEntry(
+            scope: policy.scope ?? subscription.queue.rawValue, eventID: envelope.eventID, body: inHand.delivery.body)
+        do {
+            switch try await inbox.claim(entry, lease: subscription.lease, deadline: .now + policy.deadline) {
+            case .granted(let token):
+                inHand.claim = (entry, token)
+                return nil
+            case .busy(let remaining): return .later(remaining)
+            case .done:
+                metrics.duplicate()
+                return .acknowledge
+            }
+        } catch is CancellationError {
+            return .abandon
+        } catch {
+            log("inbox does not answer", inHand.delivery, reason: "\(error)")
+            return .later(.seconds(1))
+        }
+    }
+
+    // MARK: Settling
+
+    /// Carries a verdict out. Called once for a delivery, by whoever has decided.
+    ///
+    /// - Parameter counts: Whether a failure is one of its attempts.
+    func conclude(
+        _ inHand: DeliveryInHand, _ verdict: Verdict, counts: Bool, since start: ContinuousClock.Instant
+    ) async {
+        let delivery = inHand.delivery
+        var outcome = ConsumerMetrics.Outcome.unsettled
+        switch verdict {
+        case .acknowledge:
+            await complete(inHand)
+            if settle(inHand, .acknowledge) { outcome = .acknowledged }
+        case .retry(let pause, let cause):
+            let attempts = delivery.failedAttempts + (counts ? 1 : 0)
+            if attempts >= subscription.retry.maximumAttempts {
+                outcome = await bury(
+                    inHand, reason: "gave up after \(attempts) attempts: \(cause)", errorType: cause, attempts)
+            } else {
+                let pause =
+                    pause.map(subscription.retry.rung(for:)) ?? subscription.retry.delay(after: max(1, attempts))
+                outcome = await park(inHand, pause, attempts, counts: counts)
+            }
+        case .later(let pause):
+            outcome = await park(
+                inHand, subscription.retry.rung(for: pause), delivery.failedAttempts, counts: false)
+        case .deadLetter(let reason, let errorType):
+            outcome = await bury(inHand, reason: reason, errorType: errorType, delivery.failedAttempts + 1)
+        case .giveBack:
+            await release(inHand)
+            if settle(inHand, .requeue) { outcome = .givenBack }
+        case .abandon:
+            await release(inHand)
+        }
+        metrics.handled(outcome, since: start)
+    }
+
+    /// Has the message come back after a pause.
+    private func park(
+        _ inHand: DeliveryInHand, _ pause: Duration, _ attempts: Int, counts: Bool
+    ) async -> ConsumerMetrics.Outcome {
+        let delivery = inHand.delivery
+        if let lanes = inHand.consumer as? LanedConsumer {
+            // A copy would come back behind those that it belongs before.
+            await release(inHand)
+            lanes.postpone(counts ? delivery.failedOnce() : delivery, for: pause)
+            return .retried
+        }
+        let copy = delivery.copy(
+            to: RetryPolicy.parkingPlace(pause), queue: subscription.queue,
+            headers: counts
+                ? delivery.failureHeaders(attempts: attempts) : [HistoryHeader.attempts: .integer(Int64(attempts))])
+        return await replace(inHand, by: copy, otherwise: .requeue) ? .retried : .unsettled
+    }
+
+    /// Puts the message aside, with its history.
+    private func bury(
+        _ inHand: DeliveryInHand, reason: String, errorType: String, _ attempts: Int
+    ) async -> ConsumerMetrics.Outcome {
+        log("event dead-lettered", inHand.delivery, reason: reason)
+        var headers = inHand.delivery.failureHeaders(attempts: attempts)
+        headers[HistoryHeader.reason] = .string(Self.headerText(reason))
+        headers[HistoryHeader.errorType] = .string(Self.headerText(errorType))
+        let copy = inHand.delivery.copy(to: ExchangeName.deadLetters, queue: subscription.queue, headers: headers)
+        return await replace(inHand, by: copy, otherwise: .reject) ? .deadLettered : .unsettled
+    }
+
+    /// Publishes a copy, and acknowledges the original once that is confirmed to be in a queue.
+    ///
+    /// - Parameter otherwise: What is done with a message that cannot be copied, because a header of it cannot be sent.
+    private func replace(_ inHand: DeliveryInHand, by copy: OutboundMessage, otherwise: Settlement) async -> Bool {
+        do {
+            let isRouted = try await transport.publish(deadline: .now + subscription.deadline) { copy }
+            guard isRouted else {
+                throw EventsError(
+                    .unroutable, "no queue is bound to \(copy.exchange) for \(subscription.queue)",
+                    operation: "copy a message")
+            }
+            await release(inHand)
+            return settle(inHand, .acknowledge)
+        } catch let error as EventsError where [.invalidEvent, .eventTooLarge].contains(error.code) {
+            log("message cannot be copied", inHand.delivery, reason: "\(error)")
+            await release(inHand)
+            if otherwise == .requeue { await pause() }
+            return settle(inHand, otherwise)
+        } catch is CancellationError {
+            return false
+        } catch {
+            // It stays where it is, and keeps this handler's place meanwhile: what cannot be put aside must not spin.
+            log("message could not be put aside, and stays", inHand.delivery, reason: "\(error)")
+            await release(inHand)
+            await pause()
+            _ = settle(inHand, .requeue)
+            return false
+        }
+    }
+
+    private func pause() async { try? await stopwatch.sleepUntil(stopwatch.elapsed() + .seconds(1)) }
+
+    private func settle(_ inHand: DeliveryInHand, _ settlement: Settlement) -> Bool {
+        do {
+            try inHand.consumer.settle(inHand.delivery, settlement)
+            return true
+        } catch {
+            log("delivery could not be settled and will come again", inHand.delivery, reason: "\(error)")
+            return false
+        }
+    }
+
+    // MARK: The inbox
+
+    private func complete(_ inHand: DeliveryInHand) async {
+        guard let inbox, let claim = inHand.claim else { return }
+        do {
+            try await whateverHappens {
+                try await inbox.complete(
+                    claim.entry, timeToLive: subscription.inbox.timeToLive,
+                    deadline: .now + subscription.inbox.deadline)
+            }
+        } catch {
+            // It has been handled, and is acknowledged all the same. A repetition within the lease waits for its end.
+            log("inbox could not be told", inHand.delivery, reason: "\(error)")
+        }
+    }
+
+    private func release(_ inHand: DeliveryInHand) async {
+        guard let inbox, let claim = inHand.claim else { return }
+        do {
+            try await whateverHappens {
+                try await inbox.release(
+                    claim.entry, token: claim.token, deadline: .now + subscription.inbox.deadline)
+            }
+        } catch {
+            log("lease could not be given back and will run out", inHand.delivery, reason: "\(error)")
+        }
+    }
+
+    /// The inbox is told although this task is cancelled: a shutdown must not leave leases behind.
+    private func whateverHappens(_ body: @escaping @Sendable () async throws -> Void) async throws {
+        if Task.isCancelled { try await Task { try await body() }.value } else { try await body() }
+    }
+
+    // MARK: Texts
+
+    /// What fits a header: no control characters, 1,000 bytes at most.
+    private static func headerText(_ text: String) -> String {
+        var result = ""
+        for scalar in text.unicodeScalars {
+            guard result.utf8.count < 997 else { break }
+            result.unicodeScalars.append(scalar.value < 0x20 || scalar.value == 0x7F ? " " : scalar)
+        }
+        return result
+    }
+
+    func log(_ message: Logger.Message, _ delivery: InboundDelivery, reason: String) {
+        logger.warning(
+            message,
+            metadata: [
+                "event_id": "\(delivery.properties.messageID ?? "")", "routing_key": "\(delivery.routingKey)",
+                "queue": "\(subscription.queue)", "attempt": "\(delivery.attempt)", "reason": "\(reason)",
+            ])
+    }
+}

@@ -1,0 +1,454 @@
+import SMAPEvents
+import SMAPEventsTesting
+import Synchronization
+import Testing
+
+private let queue: QueueName = "test.deliveries"
+
+/// What becomes of deliveries whose handlers fail, in memory and with time that passes by hand.
+@Suite(.timeLimit(.minutes(1))) struct DeliveryTests {
+    struct Failure: Error {}
+
+    struct Numbered: SMAPEvent {
+        static let routingKey: RoutingKey = "test.numbered"
+        var projectID: ProjectID?
+        var number: Int
+    }
+
+    private final class Log: Sendable {
+        private let values = Mutex<[String]>([])
+        func add(_ value: String) { values.withLock { $0.append(value) } }
+        var all: [String] { values.withLock { $0 } }
+    }
+
+    /// Waits until something is so that only other tasks bring about; time on the manual clock stands still meanwhile.
+    private func until(_ condition: @Sendable () async -> Bool) async throws {
+        let end = ContinuousClock.now + .seconds(20)
+        while !(await condition()) {
+            try #require(ContinuousClock.now < end, "it never happened")
+            await Task.yield()
+        }
+    }
+
+    private func subscription(_ change: (inout EventSubscription) -> Void = { _ in }) -> EventSubscription {
+        var subscription = EventSubscription(queue: queue, bindings: ["test.#"])
+        change(&subscription)
+        return subscription
+    }
+
+    // MARK: Retry
+
+    @Test func `a handler that always throws has just the configured attempts, on the ladder, then one dead letter`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(clock.now.offset) attempt \(delivery.attempt) by \(delivery.routingKey)")
+                throw Failure()
+            }
+            let subscription = subscription { $0.retry = RetryPolicy(maximumAttempts: 4, hasJitter: false) }
+            try await harness.withSubscriber(subscription, router) {
+                try await harness.publisher.publish(Numbered(number: 1))
+                for (attempt, pause) in [1, 2, 2].enumerated() {
+                    let place = try QueueName("smap.retry.\(pause)s")
+                    try await until { harness.broker.messages(in: place).count == 1 }
+                    // Not a moment too soon.
+                    clock.advance(by: .seconds(pause) - .milliseconds(1))
+                    #expect(log.all.count == attempt + 1)
+                    clock.advance(by: .milliseconds(1))
+                    try await until { log.all.count == attempt + 2 }
+                }
+                try await until { !harness.broker.messages(in: queue.deadLetterQueue).isEmpty }
+                try await harness.settled(queue)
+            }
+            #expect(
+                log.all == [
+                    "0.0 seconds attempt 1 by test.numbered", "1.0 seconds attempt 2 by test.numbered",
+                    "3.0 seconds attempt 3 by test.numbered", "5.0 seconds attempt 4 by test.numbered",
+                ])
+            let dead = harness.broker.messages(in: queue.deadLetterQueue)
+            #expect(dead.count == 1)
+            let headers = try #require(dead.first).properties.headers
+            #expect(headers["x-smap-attempts"] == .integer(4))
+            #expect(headers["x-smap-error-type"] == .string("Failure"))
+            #expect(headers["x-smap-original-exchange"] == .string("smap.events"))
+            #expect(headers["x-smap-original-key"] == .string("test.numbered"))
+            #expect(headers["x-smap-reason"] == .string("gave up after 4 attempts: Failure"))
+            #expect(headers["x-smap-first-failure"] != nil && headers["x-smap-last-failure"] != nil)
+        }
+    }
+
+    @Test
+    func `a handler says how long to wait, what is no use retrying is not, and a long pause holds up no short one`()
+        async throws
+    {
+        let clock = ManualClock()
+        struct Hopeless: Error {}
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number)")
+                if delivery.event.number == 3 { throw Hopeless() }
+                if delivery.attempt > 1 { return .acknowledge }
+                return .retry(after: .seconds(delivery.event.number == 1 ? 100 : 4))
+            }
+            let subscription = subscription { $0.retry.isRetriable = { !($0 is Hopeless) } }
+            try await harness.withSubscriber(subscription, router) {
+                for number in 1...3 { try await harness.publisher.publish(Numbered(number: number)) }
+                try await until {
+                    harness.broker.messages(in: "smap.retry.120s").count == 1
+                        && harness.broker.messages(in: "smap.retry.5s").count == 1
+                        && harness.broker.messages(in: queue.deadLetterQueue).count == 1
+                }
+                clock.advance(by: .seconds(5))
+                try await until { log.all.count == 4 }
+                #expect(log.all.last == "2")
+                clock.advance(by: .seconds(115))
+                try await until { log.all.count == 5 }
+                #expect(log.all.last == "1")
+                try await harness.settled(queue)
+            }
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).count == 1)
+        }
+    }
+
+    @Test func `a retry that cannot be parked leaves the message in its queue`() async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.attempt) \(delivery.isRedelivered)")
+                return delivery.isRedelivered ? .acknowledge : .retry
+            }
+            let subscription = subscription { $0.retry = RetryPolicy(rungs: [.seconds(1)]) }
+            try await harness.withSubscriber(subscription, router) {
+                try await until {
+                    (try? await harness.broker.status(of: queue, deadline: .now + .seconds(5)))?.consumers == 1
+                }
+                // An operator's mistake.
+                harness.broker.delete("smap.retry.1s")
+                try await harness.publisher.publish(Numbered(number: 1))
+                try await until { log.all.count == 1 && clock.sleeperCount > 1 }
+                clock.advance(by: .seconds(1))
+                try await until { log.all.count == 2 }
+                try await harness.settled(queue)
+            }
+            #expect(log.all == ["1 false", "2 true"])
+        }
+    }
+
+    @Test func `a policy tells its worst case, and one that cannot work is refused`() async throws {
+        let policy = RetryPolicy(maximumAttempts: 5, firstDelay: .milliseconds(500), rungs: [.milliseconds(500)])
+        #expect(policy.description == "5 attempts, after at most 500ms, 500ms, 500ms, 500ms: 2s in all")
+        #expect(RetryPolicy(maximumAttempts: 1).description == "1 attempt")
+        #expect(
+            RetryPolicy().description
+                == "10 attempts, after at most 1s, 2s, 2s, 5s, 10s, 30s, 60s, 120s, 120s: 350s in all")
+        let wrong: [(inout EventSubscription) -> Void] = [
+            { $0.retry.maximumAttempts = 0 }, { $0.retry.rungs = [] }, { $0.retry.rungs = [.seconds(2), .seconds(1)] },
+            { $0.retry.rungs = [.microseconds(1)] }, { $0.retry.multiplier = 0.5 }, { $0.handlerDeadline = .zero },
+            { $0.circuitBreaker = CircuitBreakerPolicy(window: 0) }, { $0.inbox.timeToLive = .seconds(60) },
+            {
+                $0.lane = .project; $0.retry.maximumDelay = .seconds(3_600)
+            },
+        ]
+        for change in wrong {
+            let subscriber = EventSubscriber(
+                transport: InMemoryBroker(), subscription: subscription(change), router: EventRouter(),
+                inbox: InMemoryInbox())
+            let error = await #expect(throws: EventsError.self) { try await subscriber.run() }
+            #expect(error?.code == .invalidConfiguration)
+        }
+    }
+
+    @Test func `a message that comes again and again without an answer is dead-lettered as poison`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.attempt)")
+                // What a consumer does that dies: nothing.
+                harness.broker.interrupt()
+                try await Task.sleep(for: .seconds(600))
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.maximumRedeliveries = 3
+                $0.retryDelay = .milliseconds(1)
+            }
+            try await harness.withSubscriber(subscription, router) {
+                try await harness.publisher.publish(Numbered(number: 1))
+                try await until { harness.broker.messages(in: queue.deadLetterQueue).count == 1 }
+            }
+            #expect(log.all == ["1", "2", "3"])
+            let headers = harness.broker.messages(in: queue.deadLetterQueue).first?.properties.headers
+            #expect(headers?["x-smap-error-type"] == .string("poison"))
+        }
+    }
+
+    // MARK: Inbox
+
+    @Test func `an event that comes twice is handled once, also after a retry, and by two subscriptions of one scope`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number)")
+                return log.all.count(where: { $0 == "2" }) == 1 && delivery.event.number == 2 ? .retry : .acknowledge
+            }
+            let first = subscription { $0.inbox.scope = "consumer" }
+            var second = EventSubscription(queue: "test.other", bindings: ["test.#"])
+            second.inbox.scope = "consumer"
+            try await harness.withSubscriber(first, router, usesInbox: true) { [router, second] in
+                try await harness.withSubscriber(second, router, usesInbox: true) {
+                    for number in [1, 2] {
+                        let id = EventID()
+                        try await harness.publisher.publish(
+                            Numbered(number: number), options: PublishOptions(eventID: id))
+                        try await harness.publisher.publish(
+                            Numbered(number: number), options: PublishOptions(eventID: id))
+                    }
+                    // Whoever came while another one worked comes again later, and finds it done. Time passes only
+                    // while nobody works: a handler would be late.
+                    let parked: [QueueName] = ["smap.retry.1s", "smap.retry.120s"]
+                    try await until {
+                        guard harness.broker.isSettled(queue), harness.broker.isSettled("test.other") else {
+                            return false
+                        }
+                        if log.all.count >= 3, parked.allSatisfy({ harness.broker.messages(in: $0).isEmpty }) {
+                            return true
+                        }
+                        clock.advance(by: .seconds(1))
+                        return false
+                    }
+                }
+            }
+            #expect(log.all.sorted() == ["1", "2", "2"])
+        }
+    }
+
+    @Test func `ids that are no UUIDs are told apart by what the message says`() throws {
+        let one = Array(#"{"event_id":"evt_001","payload":{"a":1}}"#.utf8)
+        let two = Array(#"{"event_id":"evt_001","payload":{"a":2}}"#.utf8)
+        func entry(_ id: String, _ body: [UInt8]) throws -> InboxEntry {
+            InboxEntry(scope: "s", eventID: try EventID(id), body: body)
+        }
+        #expect(try entry("evt_001", one) != entry("evt_001", two))
+        #expect(try entry("evt_001", one) == entry("evt_001", one))
+        let id = EventID().rawValue
+        #expect(try entry(id, one) == entry(id, two))
+        #expect(try entry(id, one).id == id)
+    }
+
+    @Test func `a lease that its holder leaves behind runs out, and then the event is handled again`() async throws {
+        let clock = ManualClock()
+        let inbox = InMemoryInbox(clock: clock)
+        let entry = InboxEntry(scope: "s", id: "e")
+        let deadline = ContinuousClock.now + .seconds(5)
+        guard case .granted(let token) = try await inbox.claim(entry, lease: .seconds(10), deadline: deadline) else {
+            Issue.record("it was free")
+            return
+        }
+        #expect(
+            try await inbox.claim(entry, lease: .seconds(10), deadline: deadline) == .busy(remaining: .seconds(10)))
+        clock.advance(by: .seconds(10))
+        guard case .granted = try await inbox.claim(entry, lease: .seconds(10), deadline: deadline) else {
+            Issue.record("the lease has run out")
+            return
+        }
+        try await inbox.release(entry, token: token, deadline: deadline)
+        #expect(
+            try await inbox.claim(entry, lease: .seconds(10), deadline: deadline) == .busy(remaining: .seconds(10)),
+            "the lease of another is not given back")
+    }
+
+    // MARK: Handlers
+
+    @Test
+    func `a handler past its deadline is cancelled and its event retried; one that does not listen keeps its place`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number) \(delivery.attempt)")
+                guard delivery.attempt == 1 else { return .acknowledge }
+                if delivery.event.number == 1 {
+                    do { try await Task.sleep(for: .seconds(600)) } catch {
+                        log.add("cancelled")
+                        throw error
+                    }
+                }
+                // Deaf to cancellation: it waits in a task of its own.
+                await Task { for await _ in released { break } }.value
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.handlerDeadline = .seconds(30)
+                $0.concurrency = 1
+                $0.retry = RetryPolicy(rungs: [.seconds(1)])
+            }
+            let subscriber = EventSubscriber(
+                transport: harness.broker, subscription: subscription, router: router, clock: clock)
+            try await subscriber.declare()
+            try await withThrowingTaskGroup(of: Void.self) { group in
+                group.addTask { try await subscriber.run() }
+                defer { group.cancelAll() }
+                try await harness.publisher.publish(Numbered(number: 1))
+                try await until { log.all == ["1 1"] }
+                clock.advance(by: .seconds(30))
+                try await until {
+                    log.all.contains("cancelled") && harness.broker.messages(in: "smap.retry.1s").count == 1
+                }
+                clock.advance(by: .seconds(1))
+                try await until { log.all.last == "1 2" && harness.broker.isSettled(queue) }
+
+                try await harness.publisher.publish(Numbered(number: 2))
+                try await until { log.all.last == "2 1" }
+                clock.advance(by: .seconds(30))
+                try await until { harness.broker.messages(in: "smap.retry.1s").count == 1 }
+                clock.advance(by: .seconds(1))
+                try await until { await subscriber.health().description.contains("past their deadline") }
+                #expect(log.all.last == "2 1", "there is no place for another one")
+                release.yield()
+                try await until { log.all.last == "2 2" && harness.broker.isSettled(queue) }
+                #expect(await subscriber.health().isHealthy)
+            }
+        }
+    }
+
+    @Test func `lanes keep the order within a project, through retries too, and projects do not wait for each other`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                let name = "\(delivery.projectID?.rawValue ?? "-") \(delivery.event.number)"
+                if name == "slow 1" { for await _ in released { break } }
+                log.add("\(name) \(delivery.attempt)")
+                return name == "failing 2" && delivery.attempt < 3 ? .retry : .acknowledge
+            }
+            let subscription = subscription {
+                $0.lane = .project
+                $0.retry = RetryPolicy(rungs: [.seconds(1)])
+            }
+            try await harness.withSubscriber(subscription, router) {
+                for number in 1...4 {
+                    for project in ["slow", "failing", "fast"] {
+                        try await harness.publisher.publish(
+                            Numbered(projectID: try ProjectID(project), number: number))
+                    }
+                }
+                try await until { log.all.contains("fast 4 1") && log.all.contains("failing 2 1") }
+                #expect(!log.all.contains { $0.hasPrefix("slow") || $0.hasPrefix("failing 3") })
+                for attempt in 2...3 {
+                    try await until { clock.sleeperCount >= 2 }
+                    clock.advance(by: .seconds(1))
+                    try await until { log.all.contains("failing 2 \(attempt)") }
+                }
+                release.yield()
+                try await harness.settled(queue)
+            }
+            func order(_ project: String) -> [String] { log.all.filter { $0.hasPrefix(project) } }
+            #expect(order("slow") == (1...4).map { "slow \($0) 1" })
+            #expect(order("fast") == (1...4).map { "fast \($0) 1" })
+            #expect(
+                order("failing") == [
+                    "failing 1 1", "failing 2 1", "failing 2 2", "failing 2 3", "failing 3 1", "failing 4 1",
+                ])
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
+    @Test func `a batch is handled when it is full or old enough, with an outcome for each`() async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.onBatch(of: Numbered.self, size: 3, within: .seconds(2), clock: clock) { batch in
+                log.add(batch.map { "\($0.event.number)" }.sorted().joined(separator: ","))
+                return batch.map { $0.event.number == 2 ? .deadLetter(reason: "two") : .acknowledge }
+            }
+            try await harness.withSubscriber(subscription(), router) {
+                for number in 1...3 { try await harness.publisher.publish(Numbered(number: number)) }
+                try await until { log.all == ["1,2,3"] }
+                try await harness.publisher.publish(Numbered(number: 4))
+                // The subscription's watch and the batch's timer.
+                try await until { clock.sleeperCount == 2 && harness.broker.messages(in: queue).isEmpty }
+                #expect(log.all.count == 1)
+                clock.advance(by: .seconds(2))
+                try await until { log.all.count == 2 }
+                try await harness.settled(queue)
+            }
+            #expect(log.all == ["1,2,3", "4"])
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).count == 1)
+        }
+    }
+
+    @Test func `a circuit breaker pauses, tries one at a time, and never drains the queue into the dead letters`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            let down = Dependency()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number)")
+                if down.isDown { throw Failure() }
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.retry = RetryPolicy(maximumAttempts: 3, rungs: [.milliseconds(1)])
+                $0.circuitBreaker = CircuitBreakerPolicy(window: 5, failureShare: 0.8, pause: .seconds(10))
+                $0.concurrency = 1
+            }
+            let subscriber = EventSubscriber(
+                transport: harness.broker, subscription: subscription, router: router, clock: clock)
+            try await subscriber.declare()
+            for number in 1...20 { try await harness.publisher.publish(Numbered(number: number)) }
+            try await withThrowingTaskGroup(of: Void.self) { group in
+                group.addTask { try await subscriber.run() }
+                defer { group.cancelAll() }
+                for round in 0..<12 {
+                    try await until { await subscriber.health().description.contains("paused") }
+                    // The window first, then one at a time.
+                    #expect(log.all.count == 5 + round)
+                    clock.advance(by: .seconds(10))
+                    try await until { log.all.count == 6 + round }
+                }
+                #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+                try await until { await subscriber.health().description.contains("paused") }
+                down.isDown = false
+                try await until {
+                    clock.advance(by: .seconds(1))
+                    return Set(log.all.suffix(20)).count == 20 && harness.broker.isSettled(queue)
+                }
+                try await until { await subscriber.health().isHealthy }
+            }
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
+    private final class Dependency: Sendable {
+        private let value = Mutex(true)
+        var isDown: Bool {
+            get { value.withLock { $0 } }
+            set { value.withLock { $0 = newValue } }
+        }
+    }
+}
