@@ -57,6 +57,8 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let queueTooDeep = Code("queueTooDeep", retriable: true)
         /// A message is not an event: not JSON, or not an envelope, or not of the type asked for.
         public static let undecodable = Code("undecodable")
+        /// Whoever handles a request has said no; the message says why. See ``RequestRejection``.
+        public static let requestRejected = Code("requestRejected")
         /// No handler matches an event.
         public static let unhandled = Code("unhandled")
         /// A consumer was ended by the broker, for example because its queue was deleted.

@@ -169,6 +169,17 @@ final class AMQPDriver: ConnectionDriver {
             step(channel, reply: AMQP_CONFIRM_SELECT_OK_METHOD) { [self] in
                 var select = amqp_confirm_select_t(nowait: 0)
                 try send(channel, AMQP_CONFIRM_SELECT_METHOD, &select)
+            } done: { _ in
+            })
+        // Replies to requests come on the channel that asks, from a queue that is none (RabbitMQ guide, "Direct
+        // Reply-to"): it must be consumed before the first request, without acknowledgements.
+        try channel.enqueue(
+            step(channel, reply: AMQP_BASIC_CONSUME_OK_METHOD) { [self] in
+                let arena = CArena()
+                var method = amqp_basic_consume_t()
+                method.queue = arena.bytes(RabbitMQTransport.directReplyTo)
+                method.no_ack = 1
+                try send(channel, AMQP_BASIC_CONSUME_METHOD, &method)
             } done: { result in
                 if case .success = result { channel.isOpen = true }
             })
@@ -340,21 +351,25 @@ final class AMQPDriver: ConnectionDriver {
                     messageID: assembly.properties.messageID)
             }
         case (.delivery(let tag, let isRedelivered), .consuming(let consumer)):
-            let isOrdered: Bool
             if assembly.isTooLarge {
                 connection.logger.warning(
-                    "a message larger than the limit was rejected",
+                    "a message is larger than the limit",
                     metadata: ["queue": "\(consumer.queue)", "bytes": "\(expected)"])
-                isOrdered = consumer.refuse(tag)
-            } else {
-                isOrdered = consumer.deliver(
-                    InboundDelivery(
-                        tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey,
-                        isRedelivered: isRedelivered, properties: assembly.properties, body: assembly.body))
             }
+            let isOrdered = consumer.deliver(delivery(assembly, tag, isRedelivered))
             if !isOrdered { throw AMQPFailure.unexpected("a delivery out of order") }
+        case (.delivery(let tag, let isRedelivered), .publishing):
+            connection.replies.deliver(delivery(assembly, tag, isRedelivered))
         default: break
         }
+    }
+
+    private func delivery(
+        _ assembly: AMQPChannel.Assembly, _ tag: UInt64, _ isRedelivered: Bool
+    ) -> InboundDelivery {
+        InboundDelivery(
+            tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey, isRedelivered: isRedelivered,
+            properties: assembly.properties, body: assembly.body, isTruncated: assembly.isTooLarge)
     }
 
     private func channelClosed(_ channel: AMQPChannel, code: Int, text: String) throws {
@@ -459,6 +474,10 @@ final class AMQPDriver: ConnectionDriver {
             if let range = message.correlationID {
                 properties.correlation_id = bytes(range)
                 properties._flags |= amqp_flags_t(AMQP_BASIC_CORRELATION_ID_FLAG)
+            }
+            if let range = message.replyTo {
+                properties.reply_to = bytes(range)
+                properties._flags |= amqp_flags_t(AMQP_BASIC_REPLY_TO_FLAG)
             }
             if let timestamp = message.timestamp {
                 properties.timestamp = timestamp
@@ -694,7 +713,8 @@ final class AMQPDriver: ConnectionDriver {
             contentType: text(AMQP_BASIC_CONTENT_TYPE_FLAG, raw.content_type),
             messageID: text(AMQP_BASIC_MESSAGE_ID_FLAG, raw.message_id), type: text(AMQP_BASIC_TYPE_FLAG, raw.type),
             appID: text(AMQP_BASIC_APP_ID_FLAG, raw.app_id),
-            correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id))
+            correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id),
+            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to))
         if raw._flags & amqp_flags_t(AMQP_BASIC_TIMESTAMP_FLAG) != 0 {
             properties.timestamp = Date(timeIntervalSince1970: Double(raw.timestamp))
         }

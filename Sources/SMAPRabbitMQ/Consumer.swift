@@ -56,11 +56,6 @@ final class Consumer: TransportConsumer {
         return true
     }
 
-    /// Takes note of a delivery that is too large to be taken into memory: it is rejected.
-    func refuse(_ tag: UInt64) -> Bool {
-        state.withLock { $0.ledger.delivered(tag) && $0.ledger.settle(tag, .reject) }
-    }
-
     /// Whether so many deliveries are in hand that a millisecond more makes no difference to anyone.
     var isBusy: Bool { state.withLock { $0.ledger.count >= 64 } }
 

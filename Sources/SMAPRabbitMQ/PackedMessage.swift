@@ -28,6 +28,7 @@ final class PackedMessage: Sendable {
     let type: Range<Int>?
     let appID: Range<Int>?
     let correlationID: Range<Int>?
+    let replyTo: Range<Int>?
     let headers: [(name: Range<Int>, value: Value)]
     let timestamp: UInt64?
     let body: Range<Int>
@@ -51,6 +52,7 @@ final class PackedMessage: Sendable {
         type = properties.type.map(append)
         appID = properties.appID.map(append)
         correlationID = properties.correlationID.map(append)
+        replyTo = properties.replyTo.map(append)
         // Whole seconds from 1970 on; dates that no clock shows are left out, as a conversion would trap.
         timestamp = properties.timestamp.flatMap { UInt64(exactly: $0.timeIntervalSince1970.rounded(.down)) }
         headers = properties.headers.map { name, value in

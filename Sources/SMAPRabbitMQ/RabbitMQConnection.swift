@@ -39,6 +39,8 @@ final class RabbitMQConnection: Sendable {
     let name: String
     let logger: Logger
     let topology: DeclaredTopology
+    /// Who waits for replies on this connection.
+    let replies = ReplyRegistry()
     private let mailbox = Mailbox<RemoteCall>(capacity: callLimit)
     private let window: Mutex<PublishWindow>
     private let shared = Mutex(Shared())
@@ -175,6 +177,7 @@ final class RabbitMQConnection: Sendable {
         }
         change(to: .recovering, error)
         for consumer in consumers { consumer.fail(error) }
+        replies.connectionLost(error)
         answer { $0.connectionLost(error, unwritten: unwritten, isPoisoned: isPoisoned) }
         // Those still in the mailbox are among them, and must not be taken twice.
         _ = mailbox.takeAll()

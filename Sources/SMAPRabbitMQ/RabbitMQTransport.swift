@@ -189,6 +189,21 @@ public final class RabbitMQTransport: EventTransport, Service {
         try await connection(publishing, name: "publish").publish(deadline: deadline, message)
     }
 
+    /// The queue that stands for the channel it is named on.
+    static let directReplyTo = "amq.rabbitmq.reply-to"
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
+        let connection = try connection(publishing, name: "publish")
+        var message = message
+        let correlationID = message.properties.correlationID ?? EventID().rawValue
+        message.properties.correlationID = correlationID
+        message.properties.replyTo = Self.directReplyTo
+        return try await connection.replies.request(correlationID, deadline: deadline) { [message] in
+            try await connection.publish(deadline: deadline) { message }
+        }
+    }
+
     /// See ``SMAPEvents/EventTransport``.
     public func withConsumer<Result: Sendable>(
         on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,

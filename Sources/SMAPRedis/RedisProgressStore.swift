@@ -1,6 +1,4 @@
-internal import ConnectionThread
 public import SMAPEvents
-internal import Synchronization
 
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
@@ -14,37 +12,17 @@ internal import Foundation
 /// Each operation is one Lua script. It keeps one connection, on a thread of its own, opened when first needed; when it
 /// is lost, whatever was under way ends with a retriable error, and the next call connects again.
 public final class RedisProgressStore: ProgressStore {
-    private enum Slot {
-        case idle
-        case connection(RedisConnection)
-        case closed
-    }
-
-    private let configuration: RedisConfiguration
+    private let client: RedisClient
     private let timeToLive: String
-    private let slot = Mutex(Slot.idle)
-    /// The hashes under which the server knows the scripts; it tells them when they are loaded.
-    private let hashes = Mutex<[String: String]>([:])
 
     /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RedisConfiguration) throws {
-        try configuration.validate()
-        self.configuration = configuration
-        self.timeToLive = String(configuration.timeToLive.components.seconds)
-    }
-
-    deinit {
-        if case .connection(let connection) = slot.withLock({ $0 }) { connection.abandon() }
+        client = try RedisClient(configuration)
+        timeToLive = String(configuration.timeToLive.components.seconds)
     }
 
     /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
-    public func close() async {
-        let old = slot.withLock { slot in
-            defer { slot = .closed }
-            return slot
-        }
-        if case .connection(let connection) = old { await connection.close() }
-    }
+    public func close() async { await client.close() }
 
     /// Runs `body` with a store and closes it afterwards, whatever happens.
     public static func withStore<Result: Sendable>(
@@ -65,12 +43,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// Whether Redis answers a PING.
     public func health(deadline: ContinuousClock.Instant = .now + .seconds(5)) async -> Health {
-        do {
-            _ = try await command(["PING"], "health", deadline)
-            return Health()
-        } catch {
-            return Health(problems: ["redis: \((error as? EventsError)?.description ?? "\(type(of: error))")"])
-        }
+        await client.health(deadline)
     }
 
     /// See ``SMAPEvents/ProgressStore``.
@@ -131,7 +104,7 @@ public final class RedisProgressStore: ProgressStore {
     /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
         // A random choice, so that finishes which cannot be published do not hide the others for ever.
-        let reply = try await command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
+        let reply = try await client.command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
         guard case .array(let names) = reply else { return [] }
         var finishes: [PendingFinish] = []
         for name in names {
@@ -144,7 +117,7 @@ public final class RedisProgressStore: ProgressStore {
     /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
         let key = Self.keys(project)[4]
-        let reply = try await command(
+        let reply = try await client.command(
             ["HMGET", key, "event_id", "data", "decided_ms"], "pending finish of \(project)", deadline)
         guard case .array(let fields) = reply, fields.count == 3, let id = fields[0].text else { return nil }
         guard let data = fields[1].text, let decided = fields[2].number else {
@@ -193,63 +166,10 @@ public final class RedisProgressStore: ProgressStore {
                 isSealed: sealed == 1, finishEventID: finish.isEmpty ? nil : try EventID(finish)))
     }
 
-    /// Runs a script by its hash; by its text where the server does not know it (any more).
     private func run(
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ deadline: ContinuousClock.Instant
     ) async throws -> RedisReply {
-        let operation = "\(script.name) \(project)"
-        let tail = ["6"] + Self.keys(project) + [timeToLive] + arguments
-        let hash: String
-        if let known = hashes.withLock({ $0[script.name] }) {
-            hash = known
-        } else {
-            let reply = try await command(["SCRIPT", "LOAD", script.source], operation, deadline)
-            guard let loaded = reply.text else {
-                throw EventsError(.protocolViolation, "an unexpected reply", operation: operation)
-            }
-            hashes.withLock { $0[script.name] = loaded }
-            hash = loaded
-        }
-        let reply = try await send(["EVALSHA", hash] + tail, operation, deadline)
-        // Nothing was run: the cache is empty after a restart, a failover or SCRIPT FLUSH. EVAL fills it again.
-        if case .error(let text) = reply, text.hasPrefix("NOSCRIPT") {
-            return try await command(["EVAL", script.source] + tail, operation, deadline)
-        }
-        return try check(reply, operation)
-    }
-
-    private func command(
-        _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
-    ) async throws -> RedisReply {
-        try check(try await send(arguments, operation, deadline), operation)
-    }
-
-    private func check(_ reply: RedisReply, _ operation: String) throws -> RedisReply {
-        guard case .error(let text) = reply else { return reply }
-        throw RedisFailure.error(text, operation: operation)
-    }
-
-    private func send(
-        _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
-    ) async throws -> RedisReply {
-        let connection = try slot.withLock { slot in
-            switch slot {
-            case .connection(let connection) where !connection.isClosed: return connection
-            case .closed: throw EventsError(.closed, "the store is closed", operation: operation)
-            case .idle, .connection:
-                let connection = try RedisConnection(configuration)
-                slot = .connection(connection)
-                return connection
-            }
-        }
-        do {
-            let reply = try await connection.send(RedisCommand(arguments), deadline: MonotonicTime(deadline))
-            // A replica that was a master, or a master that has become one: the next call connects anew.
-            if case .error(let text) = reply, text.hasPrefix("READONLY") { connection.abandon() }
-            return reply
-        } catch let error as EventsError where error.operation == "redis" {
-            throw EventsError(
-                error.code, "\(configuration): \(error.message)", operation: operation, underlying: error.underlying)
-        }
+        try await client.run(
+            script.source, keys: Self.keys(project), [timeToLive] + arguments, "\(script.name) \(project)", deadline)
     }
 }

@@ -13,7 +13,8 @@ struct SMAPEventsCommand: AsyncParsableCommand {
             goes to standard error. The exit code is 0 only if everything that was asked for was done.
             """,
         subcommands: [
-            PublishCommand.self, ListenCommand.self, TrackCommand.self, TopologyCommand.self, HealthCommand.self,
+            PublishCommand.self, ListenCommand.self, TrackCommand.self, TopologyCommand.self, DeadLetterCommand.self,
+            HealthCommand.self,
             LocalCommand.self, DemoCommand.self,
         ])
 }

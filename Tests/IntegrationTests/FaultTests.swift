@@ -314,9 +314,8 @@ import Testing
         }
         // As the README says them.
         let own = #"limited\..*"#
-        let configure = #"^(smap\.events|smap\.dlx|\#(own))$"#
-        let write = #"^(smap\.events|smap\.dlx|\#(own))$"#
-        let read = #"^(smap\.events|smap\.dlx|\#(own))$"#
+        let documented = #"^(smap\.(events|dlx|requeue|retry\..*)|\#(own))$"#
+        let (configure, write, read) = (documented, documented, documented)
         try await permit(configure, write, read)
         try await work()
 

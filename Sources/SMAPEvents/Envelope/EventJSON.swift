@@ -31,25 +31,38 @@ enum EventJSON {
     }()
 
     static func encode<E: SMAPEvent>(_ event: E) throws -> [UInt8] {
-        let data: Data
-        do {
-            data = try encoder.encode(event)
-        } catch let error as EncodingError {
-            throw EventsError(
-                .invalidEvent, "\(E.routingKey) cannot be written as JSON\(path(of: error))", operation: "publish")
-        }
+        let data = try encode(event, "\(E.routingKey)", operation: "publish")
         guard data.first == UInt8(ascii: "{") else {
             throw EventsError(.invalidEvent, "\(E.routingKey) is not written as a JSON object", operation: "publish")
         }
-        return Array(data)
+        return data
+    }
+
+    /// Writes any value; `name` says what it is, in errors.
+    static func encode(
+        _ value: some Encodable, _ name: @autoclosure () -> String, operation: String
+    ) throws -> [UInt8] {
+        do {
+            return Array(try encoder.encode(value))
+        } catch let error as EncodingError {
+            throw EventsError(
+                .invalidEvent, "\(name()) cannot be written as JSON\(path(of: error))", operation: operation)
+        }
     }
 
     static func decode<E: SMAPEvent>(_ type: E.Type, from data: [UInt8]) throws -> E {
+        try decode(type, from: data, "\(E.routingKey)")
+    }
+
+    /// Reads any value; `name` says what it should be, in errors.
+    static func decode<Value: Decodable>(
+        _ type: Value.Type, from data: [UInt8], _ name: @autoclosure () -> String
+    ) throws -> Value {
         do {
             return try decoder.decode(type, from: Data(data))
         } catch let error as DecodingError {
             // Only the path: descriptions of decoding errors quote the value, which may be personal data.
-            throw EventsError(.undecodable, "the data is not a \(E.routingKey)\(path(of: error))", operation: "decode")
+            throw EventsError(.undecodable, "the data is not a \(name())\(path(of: error))", operation: "decode")
         }
     }
 

@@ -21,15 +21,17 @@ package enum HistoryHeader {
 }
 
 extension InboundDelivery {
-    /// The delivery as it was published first: a copy that comes back through `smap.requeue` has the queue's name as its
-    /// key, and the original in its headers. Elsewhere such headers are somebody else's, and mean nothing.
+    /// The delivery as it was published first: a copy that comes through `smap.requeue` or `smap.dlx` has the queue's name as
+    /// its key, and the original in its headers. Elsewhere such headers are somebody else's, and mean nothing.
     package func restored() -> InboundDelivery {
-        guard exchange == ExchangeName.requeue else { return self }
+        guard exchange == ExchangeName.requeue || exchange == ExchangeName.deadLetters else { return self }
         return InboundDelivery(
             tag: tag, exchange: text(HistoryHeader.exchange) ?? exchange,
-            routingKey: text(HistoryHeader.routingKey) ?? routingKey, isRedelivered: isRedelivered,
-            properties: properties, body: body, receivedAt: receivedAt,
-            failedAttempts: max(0, Int(clamping: number(HistoryHeader.attempts) ?? 0)))
+            routingKey: text(HistoryHeader.routingKey) ?? properties.type ?? routingKey, isRedelivered: isRedelivered,
+            properties: properties, body: body, receivedAt: receivedAt, isTruncated: isTruncated,
+            // Those of a dead letter are over; whoever consumes it begins anew.
+            failedAttempts: exchange == ExchangeName.requeue
+                ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
     }
 
     package func text(_ header: String) -> String? {
@@ -46,7 +48,7 @@ extension InboundDelivery {
     func failedOnce() -> InboundDelivery {
         InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
-            body: body, receivedAt: receivedAt, failedAttempts: failedAttempts + 1)
+            body: body, receivedAt: receivedAt, isTruncated: isTruncated, failedAttempts: failedAttempts + 1)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.

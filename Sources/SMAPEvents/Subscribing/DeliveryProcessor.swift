@@ -20,15 +20,19 @@ struct DeliveryProcessor: Sendable {
         case later(Duration)
         case deadLetter(reason: String, errorType: String)
         case giveBack
+        /// It is larger than the transport takes: the broker puts it aside, since no copy of it can be made.
+        case reject
+        /// Handled, and whoever asked is told: the body, or why there is none.
+        case reply([UInt8], String?)
         /// Its handler was cut short: it is not settled, and comes again.
         case abandon
 
         /// Whether it is the failure of a handler; nil for what says nothing about handlers.
         var isFailure: Bool? {
             switch self {
-            case .acknowledge: false
+            case .acknowledge, .reply: false
             case .retry: true
-            case .later, .deadLetter, .giveBack, .abandon: nil
+            case .later, .deadLetter, .giveBack, .reject, .abandon: nil
             }
         }
     }
@@ -52,6 +56,7 @@ struct DeliveryProcessor: Sendable {
                 reason: "delivered \(delivery.redeliveries + 1) times without an answer: it may kill its consumers",
                 errorType: "poison")
         }
+        if delivery.isTruncated { return .reject }
         let envelope: EventEnvelope
         do { envelope = try router.envelope(of: delivery) } catch {
             return .deadLetter(
@@ -74,6 +79,7 @@ struct DeliveryProcessor: Sendable {
             case .retry(let pause): return .retry(pause, cause: "retry")
             case .deadLetter(let reason): return .deadLetter(reason: reason, errorType: "rejected")
             case .giveBack: return .giveBack
+            case .reply(let body, let refusal): return .reply(body, refusal)
             }
         } catch is CancellationError where Task.isCancelled {
             return .abandon
@@ -146,6 +152,13 @@ struct DeliveryProcessor: Sendable {
         case .giveBack:
             await release(inHand)
             if settle(inHand, .requeue) { outcome = .givenBack }
+        case .reject:
+            log("event dead-lettered", delivery, reason: "it is larger than the transport takes")
+            if settle(inHand, .reject) { outcome = .deadLettered }
+        case .reply(let body, let refusal):
+            await reply(to: delivery, body, refusal)
+            await complete(inHand)
+            if settle(inHand, .acknowledge) { outcome = .acknowledged }
         case .abandon:
             await release(inHand)
         }
@@ -209,6 +222,25 @@ struct DeliveryProcessor: Sendable {
             await pause()
             _ = settle(inHand, .requeue)
             return false
+        }
+    }
+
+    /// Tells whoever asked. Without success where that one has gone: then nobody waits.
+    private func reply(to delivery: InboundDelivery, _ body: [UInt8], _ refusal: String?) async {
+        guard let address = delivery.properties.replyTo else { return }
+        var properties = MessageProperties(
+            contentType: "application/json", messageID: EventID().rawValue,
+            correlationID: delivery.properties.correlationID)
+        if let refusal {
+            properties.headers = [
+                RequestHeader.errorType: .string("rejected"), HistoryHeader.reason: .string(Self.headerText(refusal)),
+            ]
+        }
+        let message = OutboundMessage(exchange: "", routingKey: address, properties: properties, body: body)
+        do {
+            _ = try await transport.publish(deadline: .now + subscription.deadline) { message }
+        } catch {
+            log("reply could not be sent", delivery, reason: "\(error)")
         }
     }
 

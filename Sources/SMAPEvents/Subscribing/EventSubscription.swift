@@ -91,7 +91,11 @@ public struct EventSubscription: Sendable {
         var topology = Topology(exchanges: [.deadLetters])
         topology.insert(retry.topology)
         // Other exchanges than ours are whoever's they are.
-        if exchange == ExchangeName.events { topology.insert(.events) }
+        if exchange == ExchangeName.events {
+            topology.insert(.events)
+        } else {
+            topology.foreignExchanges = [exchange]
+        }
         topology.insert(QueueDeclaration(queue.deadLetterQueue, kind: kind))
         topology.insert(
             QueueBinding(

@@ -5,6 +5,8 @@ public struct HandlerOutcome: Sendable, Hashable {
         case retry(Duration?)
         case deadLetter(String)
         case giveBack
+        /// The body of a reply, or why there is none.
+        case reply([UInt8], String?)
     }
 
     let decision: Decision

@@ -13,6 +13,8 @@ public struct Topology: Sendable, Hashable {
     public private(set) var queues: [QueueDeclaration] = []
     /// The bindings, none twice.
     public private(set) var bindings: [QueueBinding] = []
+    /// Exchanges that others declare, and that queues may be bound to here: binding to one that is missing is an error.
+    public var foreignExchanges: Set<String> = []
 
     /// Describes a topology. Of two declarations of one name the last counts.
     public init(
@@ -51,6 +53,7 @@ public struct Topology: Sendable, Hashable {
         for exchange in other.exchanges { insert(exchange) }
         for queue in other.queues { insert(queue) }
         for binding in other.bindings { insert(binding) }
+        foreignExchanges.formUnion(other.foreignExchanges)
     }
 
     /// Adds what a subscription needs: its queue, its bindings, and where its dead letters go.
@@ -90,7 +93,7 @@ public struct Topology: Sendable, Hashable {
         }
         let names = Set(queues.map(\.name))
         for binding in bindings {
-            if !known.contains(binding.exchange) {
+            if !known.contains(binding.exchange), !foreignExchanges.contains(binding.exchange) {
                 dangers.append("\(binding.queue) is bound to the exchange \(binding.exchange), which is not declared")
             }
             if !names.contains(binding.queue) {

@@ -36,6 +36,12 @@ public protocol EventTransport: Sendable {
     ) async throws
         -> Bool
 
+    /// Publishes a question, and waits for the reply that has its correlation id; its `reply_to` is set by the transport.
+    ///
+    /// - Throws: What publishing throws, ``EventsError/Code/unroutable`` when it reached no queue,
+    ///   ``EventsError/Code/deadlineExceeded``, and ``EventsError/Code/connectionLost`` when the reply was lost.
+    func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery
+
     /// Consumes from a queue while `body` runs. When it returns, the consumer is cancelled, and whatever is unsettled
     /// goes back to the queue.
     ///

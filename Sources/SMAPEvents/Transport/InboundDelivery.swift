@@ -16,8 +16,11 @@ public struct InboundDelivery: Sendable {
     public let isRedelivered: Bool
     /// Its properties.
     public let properties: MessageProperties
-    /// The message itself.
+    /// The message itself; empty if ``isTruncated``.
     public let body: [UInt8]
+    /// Whether the message is larger than the transport takes into memory, and its body was left out. It can be given back
+    /// or rejected; a copy of it would be empty.
+    public let isTruncated: Bool
     /// When it arrived here.
     public let receivedAt: Date
     /// How many attempts at handling it have failed, as a copy of it remembers.
@@ -26,16 +29,16 @@ public struct InboundDelivery: Sendable {
     /// Puts a delivery together, as a transport does.
     public init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
-        body: [UInt8], receivedAt: Date = Date()
+        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool = false
     ) {
         self.init(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
-            body: body, receivedAt: receivedAt, failedAttempts: 0)
+            body: body, receivedAt: receivedAt, isTruncated: isTruncated, failedAttempts: 0)
     }
 
     package init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
-        body: [UInt8], receivedAt: Date, failedAttempts: Int
+        body: [UInt8], receivedAt: Date, isTruncated: Bool, failedAttempts: Int
     ) {
         self.tag = tag
         self.exchange = exchange
@@ -44,6 +47,7 @@ public struct InboundDelivery: Sendable {
         self.properties = properties
         self.body = body
         self.receivedAt = receivedAt
+        self.isTruncated = isTruncated
         self.failedAttempts = failedAttempts
     }
 

@@ -35,6 +35,8 @@ public struct MessageProperties: Sendable, Hashable {
     public var appID: String?
     /// `correlation_id`.
     public var correlationID: String?
+    /// `reply_to`: the queue that a reply goes to.
+    public var replyTo: String?
     /// `timestamp`, in whole seconds on the wire.
     public var timestamp: Date?
     /// Headers by name. Names hold at most 128 bytes.
@@ -43,13 +45,15 @@ public struct MessageProperties: Sendable, Hashable {
     /// Makes properties; everything is optional.
     public init(
         contentType: String? = nil, messageID: String? = nil, type: String? = nil, appID: String? = nil,
-        correlationID: String? = nil, timestamp: Date? = nil, headers: [String: HeaderValue] = [:]
+        correlationID: String? = nil, replyTo: String? = nil, timestamp: Date? = nil,
+        headers: [String: HeaderValue] = [:]
     ) {
         self.contentType = contentType
         self.messageID = messageID
         self.type = type
         self.appID = appID
         self.correlationID = correlationID
+        self.replyTo = replyTo
         self.timestamp = timestamp
         self.headers = headers
     }

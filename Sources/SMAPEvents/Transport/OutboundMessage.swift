@@ -40,6 +40,7 @@ public struct OutboundMessage: Sendable, Hashable {
         try check(properties.type, "type")
         try check(properties.appID, "app_id")
         try check(properties.correlationID, "correlation_id")
+        try check(properties.replyTo, "reply_to")
         var size = 0
         for (name, value) in properties.headers {
             try check(name, "a header's name", limit: 128)

@@ -39,6 +39,8 @@ public final class InMemoryBroker: EventTransport {
 
     private let state = Mutex(State())
     private let stopwatch: Stopwatch
+    private let replies = ReplyRegistry()
+    private static let directReplyTo = "amq.rabbitmq.reply-to"
 
     /// Makes an empty broker: no exchanges, no queues.
     ///
@@ -136,11 +138,35 @@ public final class InMemoryBroker: EventTransport {
         let message = try message()
         try message.validate()
         return try state.withLock { state in
+            if message.exchange.isEmpty {
+                // The default exchange: by queue, and back to whoever asked.
+                if message.routingKey == Self.directReplyTo {
+                    replies.deliver(
+                        InboundDelivery(
+                            tag: 0, exchange: "", routingKey: message.routingKey, isRedelivered: false,
+                            properties: message.properties, body: message.body))
+                    return true
+                }
+                guard let queue = try? QueueName(message.routingKey), state.queues[queue] != nil else { return false }
+                put(message, into: queue, &state)
+                return true
+            }
             guard state.exchanges[message.exchange] != nil else {
                 throw EventsError(
                     .exchangeNotFound, "no exchange '\(message.exchange)'", operation: "publish")
             }
             return route(message, &state)
+        }
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
+        var message = message
+        let correlationID = message.properties.correlationID ?? EventID().rawValue
+        message.properties.correlationID = correlationID
+        message.properties.replyTo = Self.directReplyTo
+        return try await replies.request(correlationID, deadline: deadline) { [message] in
+            try await self.publish(deadline: deadline) { message }
         }
     }
 
@@ -263,20 +289,22 @@ public final class InMemoryBroker: EventTransport {
                 }
             if isMatch { targets.insert(binding.queue) }
         }
-        for queue in targets {
-            state.lastPosition += 1
-            let position = state.lastPosition
-            state.queues[queue]?.ready.append(Message(position: position, content: message))
-            if case .integer(let pause) = state.queues[queue]?.declaration.arguments["x-message-ttl"] {
-                let due = stopwatch.elapsed() + .milliseconds(pause)
-                Task { [stopwatch, weak self] in
-                    try? await stopwatch.sleepUntil(due)
-                    self?.expire(position, in: queue)
-                }
-            }
-            Self.dispatch(queue, &state)
-        }
+        for queue in targets { put(message, into: queue, &state) }
         return !targets.isEmpty
+    }
+
+    private func put(_ message: OutboundMessage, into queue: QueueName, _ state: inout State) {
+        state.lastPosition += 1
+        let position = state.lastPosition
+        state.queues[queue]?.ready.append(Message(position: position, content: message))
+        if case .integer(let pause) = state.queues[queue]?.declaration.arguments["x-message-ttl"] {
+            let due = stopwatch.elapsed() + .milliseconds(pause)
+            Task { [stopwatch, weak self] in
+                try? await stopwatch.sleepUntil(due)
+                self?.expire(position, in: queue)
+            }
+        }
+        Self.dispatch(queue, &state)
     }
 
     private static func putBack(_ message: Message, _ queue: QueueName, _ state: inout State) {

@@ -1,0 +1,194 @@
+internal import SMAPEvents
+internal import Synchronization
+
+/// What subscriptions rely on: retries through delay queues, dead letters and their replay, requests and replies.
+extension TransportContract {
+    private struct Tried: SMAPEvent {
+        static let routingKey: RoutingKey = "contract.tried"
+        var number = 0
+    }
+
+    private struct Reply: Codable, Sendable {
+        var text: String
+    }
+
+    private struct Failure: Error {}
+
+    /// What handlers have seen.
+    private final class Seen: Sendable {
+        private let entries = Mutex<[(text: String, time: ContinuousClock.Instant)]>([])
+        func add(_ text: String) { entries.withLock { $0.append((text, .now)) } }
+        var all: [String] { entries.withLock { $0.map(\.text) } }
+        var times: [ContinuousClock.Instant] { entries.withLock { $0.map(\.time) } }
+    }
+
+    private static func until(
+        _ bench: Bench, _ what: String, _ condition: () async throws -> Bool
+    ) async throws {
+        let end = bench.deadline
+        while !(try await condition()) {
+            guard ContinuousClock.now < end else { throw ContractViolation(description: "it never happened: \(what)") }
+            try await Task.sleep(for: .milliseconds(2))
+        }
+    }
+
+    private static func subscription(
+        _ bench: Bench, attempts: Int = 3, _ rungs: [Duration] = [.milliseconds(100), .milliseconds(300)]
+    ) throws -> EventSubscription {
+        EventSubscription(
+            queue: try bench.queue(), bindings: [TopicPattern("contract.#")], exchange: bench.exchange(.topic).name,
+            retry: RetryPolicy(
+                maximumAttempts: attempts, firstDelay: rungs.first ?? .zero, multiplier: 3, rungs: rungs,
+                hasJitter: false))
+    }
+
+    private static func publisher(_ bench: Bench) -> EventPublisher {
+        var configuration = PublisherConfiguration(service: "contract")
+        configuration.exchange = bench.exchange(.topic).name
+        return EventPublisher(transport: bench.transport, configuration: configuration)
+    }
+
+    /// Runs a subscriber while `body` runs.
+    private static func subscribing(
+        _ bench: Bench, _ subscription: EventSubscription, _ router: EventRouter,
+        _ body: @escaping @Sendable () async throws -> Void
+    ) async throws {
+        try await bench.transport.declare(bench.exchange(.topic), deadline: bench.deadline)
+        let subscriber = EventSubscriber(transport: bench.transport, subscription: subscription, router: router)
+        try await subscriber.declare()
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await subscriber.run() }
+            group.addTask {
+                try await body()
+                throw CancellationError()
+            }
+            defer { group.cancelAll() }
+            do { try await group.next() } catch is CancellationError {}
+        }
+    }
+
+    static let deliveryChecks: [Check] = [
+        Check(
+            "a handler that fails has the configured attempts after the ladder's pauses, then there is one dead letter"
+        ) {
+            bench in
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(Tried.self) { delivery in
+                seen.add("\(delivery.attempt) \(delivery.routingKey)")
+                throw Failure()
+            }
+            let subscription = try subscription(bench)
+            try await subscribing(bench, subscription, router) {
+                try await publisher(bench).publish(Tried())
+                try await bench.await(1, in: subscription.queue.deadLetterQueue)
+            }
+            try ContractViolation.equal(
+                seen.all, ["1 contract.tried", "2 contract.tried", "3 contract.tried"], "what the handler saw")
+            let pauses = zip(seen.times, seen.times.dropFirst()).map { $1 - $0 }
+            try ContractViolation.require(
+                pauses.count == 2 && pauses[0] >= .milliseconds(100) && pauses[1] >= .milliseconds(300),
+                "never too soon: \(pauses)")
+            let letters = Mutex<[DeadLetter]>([])
+            let count = try await DeadLetterQueue(of: subscription.queue, transport: bench.transport).read { letter in
+                letters.withLock { $0.append(letter) }
+            }
+            try ContractViolation.equal(count, 1, "dead letters")
+            let letter = letters.withLock { $0.first }
+            try ContractViolation.equal(letter?.attempts, 3, "attempts")
+            try ContractViolation.equal(letter?.errorType, "Failure", "error type")
+            try ContractViolation.equal(letter?.routingKey, "contract.tried", "original key")
+            try ContractViolation.equal(letter?.exchange, bench.exchange(.topic).name, "original exchange")
+            try ContractViolation.require(
+                letter?.firstFailure.flatMap { first in letter?.lastFailure.map { first < $0 } } == true,
+                "the first failure came before the last")
+        },
+        Check("a slow retry does not hold up a fast one behind it") { bench in
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(Tried.self) { delivery in
+                seen.add("\(delivery.event.number)")
+                if delivery.attempt > 1 { return .acknowledge }
+                return .retry(after: delivery.event.number == 1 ? .seconds(2) : .milliseconds(100))
+            }
+            let subscription = try subscription(bench, [.milliseconds(100), .seconds(2)])
+            try await subscribing(bench, subscription, router) {
+                try await publisher(bench).publish(Tried(number: 1))
+                try await until(bench, "the first is tried") { seen.all.count == 1 }
+                try await publisher(bench).publish(Tried(number: 2))
+                try await until(bench, "all are handled") { seen.all.count == 4 }
+            }
+            try ContractViolation.equal(seen.all, ["1", "2", "2", "1"], "the order")
+        },
+        Check("dead letters are replayed as new, chosen by their fields; others stay, and may be purged") { bench in
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(Tried.self) { delivery in
+                seen.add(
+                    "\(delivery.event.number) \(delivery.attempt) \(delivery.properties.headers["x-smap-replays"]?.description ?? "-")"
+                )
+                let isReplayed = delivery.properties.headers["x-smap-replays"] != nil
+                return isReplayed ? .acknowledge : .deadLetter(reason: "odd \(delivery.event.number % 2)")
+            }
+            let subscription = try subscription(bench)
+            let letters = DeadLetterQueue(of: subscription.queue, transport: bench.transport)
+            try await subscribing(bench, subscription, router) {
+                for number in 1...10 { try await publisher(bench).publish(Tried(number: number)) }
+                try await bench.await(10, in: subscription.queue.deadLetterQueue)
+                let odd: @Sendable (DeadLetter) -> Bool = { $0.reason == "odd 1" }
+                let trial = try await letters.replay(where: odd, isDryRun: true)
+                try ContractViolation.equal([trial.examined, trial.done], [10, 5], "a dry run counts")
+                let first = try await letters.replay(where: odd, limit: 3)
+                try ContractViolation.equal(first.done, 3, "no more than the limit")
+                let rest = try await letters.replay(where: odd)
+                try ContractViolation.equal([rest.done, rest.failed], [2, 0], "the rest")
+                try await until(bench, "the replayed are handled") { seen.all.count == 15 }
+                try await bench.await(5, in: subscription.queue.deadLetterQueue)
+                try ContractViolation.equal(
+                    Set(seen.all.suffix(5)), Set([1, 3, 5, 7, 9].map { "\($0) 1 1" }), "attempts begin anew")
+                let purged = try await letters.purge()
+                try ContractViolation.equal(purged.done, 5, "purged")
+                try await bench.await(0, in: subscription.queue.deadLetterQueue)
+            }
+        },
+        Check("a request is answered, refused, reaches nobody, or is given up at its deadline") { bench in
+            var router = EventRouter()
+            router.onRequest(Tried.self) { delivery -> Reply in
+                switch delivery.event.number {
+                case 0: throw RequestRejection(reason: "not zero")
+                case 1: try await Task.sleep(for: .seconds(600))
+                default: break
+                }
+                return Reply(text: "number \(delivery.event.number)")
+            }
+            var configuration = PublisherConfiguration(service: "contract")
+            configuration.exchange = bench.exchange(.topic).name
+            let requester = EventRequester(transport: bench.transport, configuration: configuration)
+            @Sendable func code(_ number: Int, _ deadline: Duration) async throws -> EventsError.Code? {
+                do {
+                    let _: Reply = try await requester.request(
+                        Tried(number: number), options: PublishOptions(deadline: deadline))
+                    return nil
+                } catch let error as EventsError {
+                    return error.code
+                }
+            }
+            try await bench.transport.declare(bench.exchange(.topic), deadline: bench.deadline)
+            try ContractViolation.equal(try await code(2, .seconds(20)), .unroutable, "nobody is there")
+            try await subscribing(bench, try subscription(bench), router) {
+                try await withThrowingTaskGroup(of: (Int, String).self) { group in
+                    for number in 2..<22 {
+                        group.addTask {
+                            (number, try await requester.request(Tried(number: number), reply: Reply.self).text)
+                        }
+                    }
+                    for try await (number, text) in group {
+                        try ContractViolation.equal(text, "number \(number)", "each has its own reply")
+                    }
+                }
+                try ContractViolation.equal(try await code(0, .seconds(20)), .requestRejected, "a refusal")
+                try ContractViolation.equal(try await code(1, .milliseconds(300)), .deadlineExceeded, "no reply")
+            }
+        },
+    ]
+}
