@@ -20,4 +20,11 @@ import Testing
         try await check.run(store)
         await store.close()
     }
+
+    @Test(arguments: InboxContract.checks)
+    func `Redis keeps the inbox contract`(check: InboxContract.Check) async throws {
+        let inbox = try await SharedStack.inbox()
+        try await check.run(inbox)
+        await inbox.close()
+    }
 }

@@ -23,13 +23,16 @@ enum Program {
 
     /// `smap-events`, as it was built together with the tests.
     static var command: String {
-        get throws {
-            let folder = URL(filePath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent()
-            return try #require(
-                [folder, URL(filePath: CommandLine.arguments[0]).deletingLastPathComponent()].map {
-                    $0.appending(path: "smap-events").path
-                }.first { FileManager.default.isExecutableFile(atPath: $0) })
-        }
+        get throws { try built("smap-events") }
+    }
+
+    /// A program of this package, as it was built together with the tests.
+    static func built(_ name: String) throws -> String {
+        let folder = URL(filePath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent()
+        return try #require(
+            [folder, URL(filePath: CommandLine.arguments[0]).deletingLastPathComponent()].map {
+                $0.appending(path: name).path
+            }.first { FileManager.default.isExecutableFile(atPath: $0) })
     }
 
     static var python: String {

@@ -22,4 +22,8 @@ enum SharedStack {
     static func store() async throws -> RedisProgressStore {
         try RedisProgressStore(configuration: RedisConfiguration(host: "127.0.0.1", port: await current.redisPort))
     }
+
+    static func inbox() async throws -> RedisInbox {
+        try RedisInbox(configuration: RedisConfiguration(host: "127.0.0.1", port: await current.redisPort))
+    }
 }

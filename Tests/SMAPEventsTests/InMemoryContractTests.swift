@@ -11,4 +11,9 @@ import Testing
     func `the in-memory store keeps the store contract`(check: StoreContract.Check) async throws {
         try await check.run(InMemoryProgressStore())
     }
+
+    @Test(arguments: InboxContract.checks)
+    func `the in-memory inbox keeps the inbox contract`(check: InboxContract.Check) async throws {
+        try await check.run(InMemoryInbox())
+    }
 }

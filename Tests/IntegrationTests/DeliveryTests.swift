@@ -1,0 +1,200 @@
+import Foundation
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRabbitMQ
+import SMAPRedis
+import Testing
+
+/// SCENARIOS, part B: what deliveries live through, with processes that are killed.
+@Suite(.serialized, .timeLimit(.minutes(4))) struct DeliveryTests {
+    private func publisher(_ transport: any EventTransport) -> EventPublisher {
+        EventPublisher(transport: transport, configuration: PublisherConfiguration(service: "test"))
+    }
+
+    /// Publishes `count` events with `key`, many at a time, and returns their ids.
+    private func publish(_ count: Int, _ key: RoutingKey, _ publisher: EventPublisher) async throws -> Set<String> {
+        try await withThrowingTaskGroup(of: String.self) { group in
+            for number in 0..<count {
+                group.addTask {
+                    let event = UntypedEvent(routingKey: key, data: Array(#"{"number":\#(number)}"#.utf8))
+                    return try await publisher.publish(event).eventID.rawValue
+                }
+            }
+            return try await group.reduce(into: []) { $0.insert($1) }
+        }
+    }
+
+    /// Reads a file that others append lines to, as far as it goes.
+    private func lines(_ path: String) -> [[Substring]] {
+        ((try? String(contentsOfFile: path, encoding: .utf8)) ?? "").split(separator: "\n").map {
+            $0.split(separator: " ")
+        }
+    }
+
+    private func withFolder(_ body: (String) async throws -> Void) async throws {
+        let folder = FileManager.default.temporaryDirectory.appending(path: "smap-deliveries-\(EventID())").path
+        try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+        defer { try? FileManager.default.removeItem(atPath: folder) }
+        try await body(folder)
+    }
+
+    @Test
+    func `a worker that fails at random and is killed ten times handles every event, or gives up after its attempts`()
+        async throws
+    {
+        let (count, kills, attempts) = (10_000, 10, 5)
+        let queue: QueueName = "worker.killed"
+        let environment = try await SharedStack.current.environment
+        let transport = try await SharedStack.transport()
+        // As the worker declares it.
+        var subscription = EventSubscription(
+            queue: queue, bindings: ["worker.work"],
+            retry: RetryPolicy(rungs: [.milliseconds(50), .milliseconds(250)]))
+        subscription.deadline = .seconds(20)
+        try await subscription.topology.apply(to: transport)
+        let ids = try await publish(count, "worker.work", publisher(transport))
+        #expect(ids.count == count)
+        try await withFolder { folder in
+            let (ledger, processFile) = ("\(folder)/ledger", "\(folder)/pid")
+            func worker() async throws -> Program.Output {
+                try await Program.run(
+                    Program.built("smap-events-bench"),
+                    ["worker", "--queue", queue.rawValue, "--ledger", ledger, "--attempts", "\(attempts)"],
+                    environment: environment, processFile: processFile)
+            }
+            func isQuiet() async throws -> Bool {
+                for queue: QueueName in [queue, "smap.retry.50ms", "smap.retry.250ms"] {
+                    let status = try await transport.status(of: queue, deadline: .now + .seconds(20))
+                    guard status.messages == 0 else { return false }
+                }
+                return true
+            }
+            for kill in 1...kills {
+                async let run = worker()
+                // Killed in the midst of its work, at another place each time.
+                let mark = lines(ledger).count + 300 + 50 * kill
+                try await eventually("the worker works") { lines(ledger).count >= mark }
+                try Program.signal(SIGKILL, processFile: processFile)
+                let status = try await run.status
+                #expect(status == 128 + SIGKILL)
+            }
+            async let last = worker()
+            var dead: [String: Int] = [:]
+            try await eventually("all events are handled or dead-lettered", within: .seconds(120)) {
+                // An effect whose process was killed before it could be noted as done has no `c`.
+                let handled = Set(lines(ledger).filter { $0.first == "e" }.compactMap(\.last).map(String.init))
+                guard try await isQuiet() else { return false }
+                let letters = Locked<[String: Int]>([:])
+                try await DeadLetterQueue(of: queue, transport: transport).read { letter in
+                    letters.withLock { $0[letter.eventID ?? "", default: 0] = letter.attempts ?? 0 }
+                }
+                dead = letters.withLock { $0 }
+                return handled.union(dead.keys).isSuperset(of: ids)
+            }
+            try Program.signal(SIGTERM, processFile: processFile)
+            _ = try await last
+
+            #expect(!dead.isEmpty, "0.3 to the fifth power of 10,000 are about 24")
+            #expect(dead.values.allSatisfy { $0 == attempts }, "\(dead)")
+            // What each process had in hand when it was killed: begun, and neither failed nor remembered as done.
+            var inside: Set<String> = []
+            var effects: [String: Int] = [:]
+            var open: [Substring: Set<String>] = [:]
+            for line in lines(ledger) where line.count == 3 {
+                let id = String(line[2])
+                switch line[0] {
+                case "i": open[line[1], default: []].insert(id)
+                case "e": effects[id, default: 0] += 1
+                default: open[line[1]]?.remove(id)
+                }
+            }
+            for ids in open.values { inside.formUnion(ids) }
+            #expect(!inside.isEmpty, "some were killed inside their handlers")
+            let repeated = effects.filter { $0.value > 1 }.keys
+            #expect(inside.isSuperset(of: repeated), "\(repeated.count) were repeated, \(inside.count) were inside")
+        }
+        await transport.close()
+    }
+
+    @Test func `a replay of dead letters that is killed twice loses none`() async throws {
+        let count = 10_000
+        let queue: QueueName = "fault.replayed"
+        let environment = try await SharedStack.current.environment
+        let transport = try await SharedStack.transport()
+        let subscription = EventSubscription(queue: queue, bindings: [])
+        try await subscription.topology.apply(to: transport)
+        // As a subscriber would have put them there.
+        let ids: Set<String> = try await withThrowingTaskGroup(of: String.self) { group in
+            for number in 0..<count {
+                group.addTask {
+                    let id = EventID().rawValue
+                    let message = OutboundMessage(
+                        exchange: ExchangeName.deadLetters, routingKey: queue.rawValue,
+                        properties: MessageProperties(
+                            messageID: id,
+                            headers: [
+                                "x-smap-original-key": .string("a.b"),
+                                "x-smap-original-exchange": .string("smap.events"),
+                                "x-smap-attempts": .integer(5),
+                                "x-smap-error-type": .string(number % 2 == 0 ? "Even" : "Odd"),
+                            ]), body: Array(#"{"n":\#(number)}"#.utf8))
+                    guard try await transport.publish(deadline: .now + .seconds(60), { message }) else { return "" }
+                    return id
+                }
+            }
+            return try await group.reduce(into: []) { $0.insert($1) }
+        }
+        #expect(ids.count == count)
+        func replayed() async throws -> Int {
+            try await transport.status(of: queue, deadline: .now + .seconds(20)).messages
+        }
+
+        // Looked at, nothing changes.
+        let list = try await Program.events(["dlq", "list", queue.rawValue], environment: environment)
+        #expect(list.status == 0, "\(list.error)")
+        #expect(list.lines.compactMap { $0["count"] as? Int } == [count / 2, count / 2], "\(list.output)")
+        #expect(Set(list.lines.compactMap { $0["error_type"] as? String }) == ["Even", "Odd"])
+        let show = try await Program.events(
+            ["dlq", "show", queue.rawValue, "--where", "error_type=Odd", "--limit", "2"], environment: environment)
+        #expect(show.lines.count == 2)
+        #expect(!show.output.contains("\"body\""), "the message only when asked")
+        #expect(show.lines.first?["attempts"] as? Int == 5)
+
+        try await withFolder { folder in
+            let processFile = "\(folder)/pid"
+            for kill in 1...2 {
+                async let run = Program.events(
+                    ["dlq", "replay", queue.rawValue], environment: environment, processFile: processFile)
+                let mark = kill * count / 4
+                try await eventually("some are replayed") { try await replayed() >= mark }
+                try Program.signal(SIGKILL, processFile: processFile)
+                let status = try await run.status
+                #expect(status == 128 + SIGKILL, "it was killed in the middle")
+            }
+        }
+        let rest = try await Program.events(["dlq", "replay", queue.rawValue], environment: environment)
+        #expect(rest.status == 0, "\(rest.error)")
+        #expect(rest.lines.first?["failed"] as? Int == 0)
+        #expect((rest.lines.first?["done"] as? Int ?? 0) > 0)
+        try await eventually("the dead letters are gone") {
+            try await transport.status(of: queue.deadLetterQueue, deadline: .now + .seconds(20)).messages == 0
+        }
+        let (missing, doubled) = try await transport.withConsumer(
+            on: queue, prefetch: 500, deadline: .now + .seconds(20)
+        ) {
+            consumer in
+            var missing = ids
+            var doubled = 0
+            while !missing.isEmpty, let delivery = try await consumer.next() {
+                if missing.remove(delivery.properties.messageID ?? "") == nil { doubled += 1 }
+                #expect(delivery.properties.headers["x-smap-attempts"] == nil, "attempts begin anew")
+                #expect(delivery.properties.headers["x-smap-replays"] == .integer(1))
+                try consumer.settle(delivery, .acknowledge)
+            }
+            return (missing, doubled)
+        }
+        #expect(missing.isEmpty)
+        #expect(doubled <= 200, "no more than were under way at the kills: \(doubled)")
+        await transport.close()
+    }
+}
