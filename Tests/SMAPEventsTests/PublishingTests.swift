@@ -184,7 +184,9 @@ private struct Surroundings {
         try await broker.declare(.events, deadline: deadline)
         let publisher = DualPublisher(
             transport: broker, configuration: PublisherConfiguration(service: "s"), phase: .dual)
-        let error = await #expect(throws: EventsError.self) { try await publisher.publish(mail) }
+        let error = await #expect(throws: EventsError.self) {
+            try await publisher.publish(mail, options: PublishOptions(deadline: .milliseconds(200)))
+        }
         #expect(error?.missingLegs == [ExchangeName.legacyEmail])
         #expect(error?.publishOutcome == .unknown)
         let id = try #require(error?.eventID)
@@ -192,6 +194,22 @@ private struct Surroundings {
         let receipt = try await publisher.publish(mail, options: PublishOptions(eventID: id))
         #expect(receipt.eventID == id)
         #expect(receipt.legs.map(\.exchange) == [ExchangeName.events, ExchangeName.legacyEmail])
+    }
+
+    @Test func `a leg that is back before the deadline is completed by the same call`() async throws {
+        let broker = InMemoryBroker()
+        let deadline = ContinuousClock.now + .seconds(20)
+        try await broker.declare(.events, deadline: deadline)
+        let publisher = DualPublisher(
+            transport: broker, configuration: PublisherConfiguration(service: "s"), phase: .dual)
+        try await broker.declare(QueueDeclaration("t.topic"), deadline: deadline)
+        try await broker.bind("t.topic", to: ExchangeName.events, routingKey: "#", deadline: deadline)
+        async let published = publisher.publish(mail, options: PublishOptions(deadline: .seconds(20)))
+        while broker.messages(in: "t.topic").isEmpty { await Task.yield() }
+        try await broker.declare(.legacyEmail, deadline: deadline)
+        let receipt = try await published
+        #expect(receipt.legs.map(\.exchange) == [ExchangeName.events, ExchangeName.legacyEmail])
+        #expect(broker.messages(in: "t.topic").count == 1, "the leg that was there is not sent again")
     }
 
     @Test(arguments: [

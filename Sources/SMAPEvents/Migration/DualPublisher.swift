@@ -13,7 +13,8 @@ internal import Foundation
 /// Which exchanges depends on the ``MigrationPhase``. Only ``EmailVerificationRequested`` has a legacy form so far.
 ///
 /// Invariant (P6): the call returns when every leg of the phase is confirmed, or throws an error whose
-/// ``EventsError/missingLegs`` names those that are not. An event that cannot be expressed in both forms is rejected
+/// ``EventsError/missingLegs`` names those that are not. While one leg is confirmed and the other is not, that one is
+/// tried again until the deadline. An event that cannot be expressed in both forms is rejected
 /// before either leg. Repeating the event under the same id completes it.
 public struct DualPublisher: EventPublishing {
     private let transport: any EventTransport
@@ -118,13 +119,24 @@ public struct DualPublisher: EventPublishing {
             return PublishReceipt(eventID: eventID, routingKey: key, legs: [leg])
         }
 
-        async let topicResult = outcome {
-            try await topic.send(key, eventID, shared, message: { message }).legs
+        let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
+        let sendTopic: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg] = { options in
+            try await topic.send(key, eventID, options, message: { message }).legs
         }
-        async let legacyResult = outcome { [try await publishLegacy(form, eventID, shared)] }
-        let results = await [
+        let sendLegacy: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg] = { options in
+            [try await publishLegacy(form, eventID, options)]
+        }
+        async let topicResult = outcome { try await sendTopic(shared) }
+        async let legacyResult = outcome { try await sendLegacy(shared) }
+        var results = await [
             (configuration.exchange, topicResult), (ExchangeName.legacyEmail, legacyResult),
         ]
+        // One leg alone is what must not be: the other is tried for as long as there is time.
+        for (index, send) in [sendTopic, sendLegacy].enumerated() {
+            if case .success = results[1 - index].1, case .failure(let error) = results[index].1 {
+                results[index].1 = await complete(error, deadline, shared, send)
+            }
+        }
         try Task.checkCancellation()
         var legs: [PublishReceipt.Leg] = []
         var failures: [(exchange: String, error: any Error)] = []
@@ -145,6 +157,25 @@ public struct DualPublisher: EventPublishing {
             legs.isEmpty ? worst?.code ?? .unsent : .unknownOutcome,
             "not confirmed by \(missing.joined(separator: " and ")): \(worst?.message ?? "\(type(of: first.error))")",
             operation: "publish", eventID: eventID, missingLegs: missing, underlying: first.error)
+    }
+
+    /// Tries a leg again until it is confirmed, the deadline has passed, or its error is not worth it.
+    private func complete(
+        _ error: any Error, _ deadline: ContinuousClock.Instant, _ options: PublishOptions,
+        _ send: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg]
+    ) async -> Result<[PublishReceipt.Leg], any Error> {
+        var failure = error
+        let backoff = Backoff(first: .milliseconds(100), longest: .seconds(2))
+        var failures = 0
+        while (failure as? EventsError)?.isRetriable == true {
+            failures += 1
+            let pause = backoff.delay(after: failures)
+            guard ContinuousClock.now + pause < deadline, (try? await Task.sleep(for: pause)) != nil else { break }
+            var options = options
+            options.deadline = deadline - .now
+            do { return .success(try await send(options)) } catch { failure = error }
+        }
+        return .failure(failure)
     }
 
     private func outcome(

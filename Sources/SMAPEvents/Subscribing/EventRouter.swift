@@ -64,9 +64,10 @@ public struct EventRouter: Sendable {
             })
     }
 
-    /// Reads a message. Throws ``EventsError/Code/undecodable``.
+    /// Reads a message, a legacy one as the event that it stands for. Throws ``EventsError/Code/undecodable``.
     func envelope(of inbound: InboundDelivery) throws -> EventEnvelope {
-        try EventEnvelope(
+        if inbound.exchange == ExchangeName.legacyEmail { return try EventEnvelope(legacy: inbound) }
+        return try EventEnvelope(
             parsing: inbound.body, routingKey: inbound.routingKey,
             timestamp: inbound.properties.timestamp ?? inbound.receivedAt)
     }

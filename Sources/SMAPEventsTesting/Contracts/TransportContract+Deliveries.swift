@@ -103,6 +103,130 @@ extension TransportContract {
                 letter?.firstFailure.flatMap { first in letter?.lastFailure.map { first < $0 } } == true,
                 "the first failure came before the last")
         },
+        Check("bad input is dead-lettered at once, with the reason, and the consumer goes on") { bench in
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(Tried.self) { delivery in
+                seen.add("\(delivery.event.number)")
+                return .acknowledge
+            }
+            let subscription = try subscription(bench)
+            let deep = String(repeating: "[", count: 10_000) + String(repeating: "]", count: 10_000)
+            let bodies: [[UInt8]] = [
+                Array("not json".utf8), Array(#"{"event_id":"e","payload":\#(deep)}"#.utf8),
+                Array(#"{"event_id":"e","payload":{"data":{"number":""#.utf8) + [0xFF, 0xFE] + Array(#""}}}"#.utf8),
+                Array(#"{"event_id":"e"}"#.utf8),
+                Array(
+                    #"{"event_id":"e","payload":{"data":{"number":"\#(String(repeating: "x", count: 5 << 20))"}}}"#.utf8
+                ),
+            ]
+            try await subscribing(bench, subscription, router) {
+                for body in bodies {
+                    let message = OutboundMessage(
+                        exchange: bench.exchange(.topic).name, routingKey: "contract.tried",
+                        properties: MessageProperties(), body: body)
+                    _ = try await bench.transport.publish(deadline: bench.deadline) { message }
+                }
+                try await publisher(bench).publish(Tried(number: 7))
+                try await bench.await(bodies.count, in: subscription.queue.deadLetterQueue)
+                try await until(bench, "the good one is handled") { seen.all == ["7"] }
+            }
+            let letters = Mutex<[DeadLetter]>([])
+            try await DeadLetterQueue(of: subscription.queue, transport: bench.transport).read { letter in
+                letters.withLock { $0.append(letter) }
+            }
+            let dead = letters.withLock { $0 }
+            try ContractViolation.equal(
+                dead.map(\.errorType), Array(repeating: "undecodable", count: bodies.count), "error types")
+            try ContractViolation.require(dead.allSatisfy { $0.attempts == 1 }, "after one attempt")
+            try ContractViolation.equal(Set(dead.map(\.body.count)), Set(bodies.map(\.count)), "the bodies, whole")
+        },
+        Check("lanes keep the order within a project, and projects go side by side") { bench in
+            struct Step: SMAPEvent {
+                static let routingKey: RoutingKey = "contract.step"
+                var projectID: ProjectID?
+                var number: Int
+
+                enum CodingKeys: String, CodingKey { case number }
+                init(_ projectID: ProjectID, _ number: Int) {
+                    self.projectID = projectID
+                    self.number = number
+                }
+            }
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(Step.self) { delivery in
+                // As long as work may take: the order must not depend on it.
+                try await Task.sleep(for: .microseconds(Int.random(in: 0...3_000)))
+                let project = delivery.projectID?.rawValue ?? ""
+                if project == "p0", delivery.event.number == 3, delivery.attempt < 3 { throw Failure() }
+                seen.add("\(project) \(delivery.event.number)")
+                return .acknowledge
+            }
+            var subscription = try subscription(bench)
+            subscription.lane = .project
+            try await subscribing(bench, subscription, router) {
+                for number in 0..<20 {
+                    for project in 0..<10 {
+                        try await publisher(bench).publish(Step(try ProjectID("p\(project)"), number))
+                    }
+                }
+                try await until(bench, "all are handled") { seen.all.count == 200 }
+            }
+            for project in 0..<10 {
+                try ContractViolation.equal(
+                    seen.all.filter { $0.hasPrefix("p\(project) ") }, (0..<20).map { "p\(project) \($0)" }, "order")
+            }
+        },
+        Check("a consumer of both legs of a dual publish acts once") { bench in
+            let seen = Seen()
+            var router = EventRouter()
+            router.on(EmailVerificationRequested.self, matching: "email.#") { delivery in
+                seen.add("\(delivery.eventID) \(delivery.event.recipient)")
+                return .acknowledge
+            }
+            try await bench.transport.declare(.events, deadline: bench.deadline)
+            try await bench.transport.declare(.legacyEmail, deadline: bench.deadline)
+            var new = EventSubscription(queue: try bench.queue("new"), bindings: ["email.#"])
+            new.inbox.scope = "contract.\(bench.unique)"
+            var old = EventSubscription(
+                queue: try bench.queue("old"), bindings: ["#"], exchange: ExchangeName.legacyEmail)
+            old.inbox.scope = new.inbox.scope
+            // Who comes while the other leg is in hand comes again once its lease may have run out: soon, here.
+            for keyPath in [\EventSubscription.handlerDeadline, \.deadline] {
+                new[keyPath: keyPath] = .seconds(5)
+                old[keyPath: keyPath] = .seconds(5)
+            }
+            let inbox = InMemoryInbox()
+            let (first, second) = (new, old)
+            let ids = try await withThrowingTaskGroup(of: Void.self) { group in
+                for subscription in [first, second] {
+                    let subscriber = EventSubscriber(
+                        transport: bench.transport, subscription: subscription, router: router, inbox: inbox)
+                    try await subscriber.declare()
+                    group.addTask { try await subscriber.run() }
+                }
+                defer { group.cancelAll() }
+                let publisher = DualPublisher(
+                    transport: bench.transport, configuration: PublisherConfiguration(service: "contract"), phase: .dual
+                )
+                var ids: Set<String> = []
+                for number in 0..<20 {
+                    let receipt = try await publisher.publish(
+                        EmailVerificationRequested(recipient: "u\(number)@example.org", subject: "s", body: "b"))
+                    ids.insert("\(receipt.eventID) u\(number)@example.org")
+                }
+                try await until(bench, "all are handled, and both queues are empty") {
+                    guard seen.all.count >= 20 else { return false }
+                    for queue in [first.queue, second.queue] {
+                        guard try await bench.count(queue, deadLetters: true) == 0 else { return false }
+                    }
+                    return true
+                }
+                return ids
+            }
+            try ContractViolation.equal(seen.all.filter { ids.contains($0) }.count, 20, "each once")
+        },
         Check("a slow retry does not hold up a fast one behind it") { bench in
             let seen = Seen()
             var router = EventRouter()
