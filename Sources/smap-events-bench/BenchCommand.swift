@@ -64,12 +64,23 @@ struct BenchCommand: AsyncParsableCommand {
             abstract: "Decode, handle and acknowledge from a quorum queue that is full at the start.")
         @OptionGroup var options: Options
 
+        @Flag(help: "Ask an inbox in Redis about each event, and tell it.")
+        var inbox = false
+
         func run() async throws {
-            try await BenchCommand.withRabbitMQ { configuration in
-                let bench = try await RabbitMQBench(configuration, options)
-                try await compare(options, "consume", typed: bench.consumeTyped, raw: bench.consumeRaw)
-                await bench.close()
+            guard inbox else { return try await BenchCommand.withRabbitMQ { try await measure($0, nil) } }
+            try await LocalStack.withStack { stack in
+                let redis = try RedisInbox(
+                    configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
+                try await measure(RabbitMQConfiguration(url: stack.rabbitMQURL), redis)
+                await redis.close()
             }
+        }
+
+        private func measure(_ configuration: RabbitMQConfiguration, _ inbox: RedisInbox?) async throws {
+            let bench = try await RabbitMQBench(configuration, options, inbox)
+            try await compare(options, "consume", typed: bench.consumeTyped, raw: bench.consumeRaw)
+            await bench.close()
         }
     }
 

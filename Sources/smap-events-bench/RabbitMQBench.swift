@@ -28,9 +28,13 @@ final class RabbitMQBench: Sendable {
     private let event: BenchEvent
     private let body: [UInt8]
     private let publisher: EventPublisher
+    private let inbox: (any Inbox)?
     private let runs = Atomic<Int>(0)
 
-    init(_ configuration: RabbitMQConfiguration, _ options: BenchCommand.Options) async throws {
+    init(
+        _ configuration: RabbitMQConfiguration, _ options: BenchCommand.Options, _ inbox: (any Inbox)? = nil
+    ) async throws {
+        self.inbox = inbox
         var configuration = configuration
         configuration.windowMessages = options.window
         self.configuration = configuration
@@ -93,6 +97,11 @@ final class RabbitMQBench: Sendable {
     /// Fills a new queue, unmeasured.
     private func fill() async throws -> QueueName {
         let queue = try await prepare("consume")
+        guard inbox == nil else {
+            // Each with an id of its own.
+            _ = try await publishTyped()
+            return queue
+        }
         let raw = try await blocking { [configuration] in try RawRabbitMQ(configuration) }
         let (options, body) = (options, body)
         try await blocking {
@@ -116,7 +125,7 @@ final class RabbitMQBench: Sendable {
             transport: transport,
             subscription: EventSubscription(
                 queue: queue, bindings: [], prefetch: options.window, concurrency: min(options.tasks, options.window)),
-            router: router)
+            router: router, inbox: inbox)
         return try await Measurement.of(options.messages) {
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await subscriber.run() }

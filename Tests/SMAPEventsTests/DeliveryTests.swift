@@ -142,6 +142,101 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `killed between the confirm of a retry and the acknowledgement, a message is doubled and not lost`()
+        async throws
+    {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            for hasInbox in [false, true] {
+                let log = Log()
+                let isFirst = Flag()
+                var router = EventRouter()
+                router.on(Numbered.self) { delivery in
+                    log.add("\(delivery.attempt)")
+                    return isFirst.lower() ? .retry : .acknowledge
+                }
+                var subscription = subscription {
+                    $0.retry = RetryPolicy(rungs: [.seconds(1)])
+                    $0.retryDelay = .milliseconds(1)
+                }
+                subscription.inbox.scope = "\(hasInbox)"
+                let dying = DyingTransport(broker: harness.broker)
+                let subscriber = EventSubscriber(
+                    transport: dying, subscription: subscription, router: router,
+                    inbox: hasInbox ? harness.inbox : nil, clock: clock)
+                try await subscriber.declare()
+                try await withThrowingTaskGroup(of: Void.self) { group in
+                    group.addTask { try await subscriber.run() }
+                    defer { group.cancelAll() }
+                    try await harness.publisher.publish(Numbered(number: 1))
+                    try await until {
+                        log.all.count == 2 && harness.broker.messages(in: "smap.retry.1s").count == 1
+                            && harness.broker.isSettled(queue)
+                    }
+                    clock.advance(by: .seconds(1))
+                    try await until {
+                        harness.broker.messages(in: "smap.retry.1s").isEmpty && harness.broker.isSettled(queue)
+                            && log.all.count == (hasInbox ? 2 : 3)
+                    }
+                }
+                // It came again after the interruption, and by its copy.
+                #expect(log.all.count == (hasInbox ? 2 : 3))
+            }
+        }
+    }
+
+    /// True once.
+    private final class Flag: Sendable {
+        private let isUp = Mutex(true)
+        func lower() -> Bool {
+            isUp.withLock { isUp in
+                defer { isUp = false }
+                return isUp
+            }
+        }
+    }
+
+    /// Loses its consumers as soon as a retry has been parked, once: the acknowledgement does not go out any more.
+    private struct DyingTransport: EventTransport {
+        let broker: InMemoryBroker
+        let dies = Flag()
+
+        func publish(
+            deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+        ) async throws -> Bool {
+            let message = try message()
+            let isRouted = try await broker.publish(deadline: deadline) { message }
+            if message.exchange.hasPrefix("smap.retry"), dies.lower() { broker.interrupt() }
+            return isRouted
+        }
+
+        func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
+            try await broker.declare(exchange, deadline: deadline)
+        }
+        func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+            try await broker.declare(queue, deadline: deadline)
+        }
+        func bind(
+            _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
+        ) async throws { try await broker.bind(queue, to: exchange, routingKey: routingKey, deadline: deadline) }
+        func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
+            try await broker.checkExchange(name, deadline: deadline)
+        }
+        func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+            try await broker.status(of: queue, deadline: deadline)
+        }
+        func health() async -> Health { await broker.health() }
+        func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
+            try await broker.request(message, deadline: deadline)
+        }
+        func withConsumer<Result: Sendable>(
+            on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
+            _ body: @Sendable (any TransportConsumer) async throws -> Result
+        ) async throws -> Result {
+            try await broker.withConsumer(on: queue, prefetch: prefetch, deadline: deadline, body)
+        }
+    }
+
     @Test func `a policy tells its worst case, and one that cannot work is refused`() async throws {
         let policy = RetryPolicy(maximumAttempts: 5, firstDelay: .milliseconds(500), rungs: [.milliseconds(500)])
         #expect(policy.description == "5 attempts, after at most 500ms, 500ms, 500ms, 500ms: 2s in all")
