@@ -221,7 +221,8 @@ import Testing
             }
             #expect(seen == Set(0..<count))
             let interruptions = result.error.split(separator: "\n").count { $0.contains("interrupted") }
-            #expect(interruptions >= 10, "the connections were closed: \(result.error)")
+            // One that is closed before it consumes is not worth a line.
+            #expect(interruptions >= 5, "the connections were closed: \(result.error)")
         }
     }
 

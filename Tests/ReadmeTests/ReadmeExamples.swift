@@ -16,17 +16,3 @@ func publishVerification() async throws {
     }
 }
 // end publisher
-
-// begin subscriber
-func handleMails(_ transport: RabbitMQTransport, send: @escaping @Sendable (String) async throws -> Void) async throws {
-    var router = EventRouter()
-    router.on(EmailVerificationRequested.self, matching: "email.#") { delivery in
-        guard delivery.attempt < 5 else { return .deadLetter(reason: "the mail server refuses it") }
-        try await send(delivery.event.recipient)  // what it throws means: try again
-        return .acknowledge
-    }
-    let subscription = EventSubscription(queue: "smtp_send_email_v2", bindings: ["email.#"])
-    let subscriber = EventSubscriber(transport: transport, subscription: subscription, router: router)
-    try await subscriber.run()  // a Service: until graceful shutdown
-}
-// end subscriber

@@ -11,7 +11,9 @@ import Testing
 
     @Test(arguments: ["publisher", "subscriber", "tracker"])
     func `the README shows what is compiled here`(example: String) throws {
-        let source = try ["ReadmeExamples", "TrackerExample"].map { try text("Tests/ReadmeTests/\($0).swift") }.joined()
+        let source = try ["ReadmeExamples", "SubscriberExample", "TrackerExample"].map {
+            try text("Tests/ReadmeTests/\($0).swift")
+        }.joined()
         let start = try #require(source.range(of: "// begin \(example)\n"))
         let end = try #require(source.range(of: "// end \(example)\n"))
         #expect(try text("README.md").contains("```swift\n\(source[start.upperBound..<end.lowerBound])```"))
