@@ -494,6 +494,27 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `a batch that nobody waits for any more is cancelled`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.onBatch(of: Numbered.self, size: 2) { batch in
+                log.add("begun")
+                do { try await Task.sleep(for: .seconds(600)) } catch {
+                    log.add("cancelled")
+                    throw error
+                }
+                return batch.map { _ in .acknowledge }
+            }
+            try await harness.withSubscriber(subscription(), router) {
+                for number in 1...2 { try await harness.publisher.publish(Numbered(number: number)) }
+                try await until { log.all == ["begun"] }
+            }
+            try await until { log.all == ["begun", "cancelled"] }
+            #expect(harness.broker.messages(in: queue).count == 2, "they come again")
+        }
+    }
+
     @Test func `a circuit breaker pauses, tries one at a time, and never drains the queue into the dead letters`()
         async throws
     {
@@ -515,7 +536,8 @@ private let queue: QueueName = "test.deliveries"
             let subscriber = EventSubscriber(
                 transport: harness.broker, subscription: subscription, router: router, clock: clock)
             try await subscriber.declare()
-            for number in 1...20 { try await harness.publisher.publish(Numbered(number: number)) }
+            // Few, so that each is tried more often than it has attempts.
+            for number in 1...6 { try await harness.publisher.publish(Numbered(number: number)) }
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await subscriber.run() }
                 defer { group.cancelAll() }
@@ -531,7 +553,7 @@ private let queue: QueueName = "test.deliveries"
                 down.isDown = false
                 try await until {
                     clock.advance(by: .seconds(1))
-                    return Set(log.all.suffix(20)).count == 20 && harness.broker.isSettled(queue)
+                    return Set(log.all.suffix(6)).count == 6 && harness.broker.isSettled(queue)
                 }
                 try await until { await subscriber.health().isHealthy }
             }

@@ -15,7 +15,14 @@ final class BatchCollector<Event: Sendable>: Sendable {
         var generation = 0
         var timer: Task<Void, Never>?
         /// Those whose batch is being handled, by id.
-        var running: [UInt64: CheckedContinuation<HandlerOutcome, any Error>] = [:]
+        var running: [UInt64: Running] = [:]
+        /// The batches being handled: the task, and how many still wait for it.
+        var tasks: [Int: (task: Task<Void, Never>, waiting: Int)] = [:]
+    }
+
+    private struct Running {
+        let batch: Int
+        let continuation: CheckedContinuation<HandlerOutcome, any Error>
     }
 
     private let size: Int
@@ -63,8 +70,11 @@ final class BatchCollector<Event: Sendable>: Sendable {
                 if let index = state.waiting.firstIndex(where: { $0.id == id }) {
                     return state.waiting.remove(at: index).continuation
                 }
-                // Its batch goes on without it: others are in it.
-                return state.running.removeValue(forKey: id)
+                guard let running = state.running.removeValue(forKey: id) else { return nil }
+                // Its batch goes on without it as long as there are others in it.
+                state.tasks[running.batch]?.waiting -= 1
+                if state.tasks[running.batch]?.waiting == 0 { state.tasks[running.batch]?.task.cancel() }
+                return running.continuation
             }
             continuation?.resume(throwing: CancellationError())
         }
@@ -78,10 +88,11 @@ final class BatchCollector<Event: Sendable>: Sendable {
         state.timer?.cancel()
         state.timer = nil
         guard !batch.isEmpty else { return }
-        for entry in batch { state.running[entry.id] = entry.continuation }
+        let number = state.generation
+        for entry in batch { state.running[entry.id] = Running(batch: number, continuation: entry.continuation) }
         let ids = batch.map(\.id)
         let deliveries = batch.map(\.delivery)
-        Task {
+        let task = Task {
             let result: Result<[HandlerOutcome], any Error>
             do {
                 let outcomes = try await handler(deliveries)
@@ -95,14 +106,19 @@ final class BatchCollector<Event: Sendable>: Sendable {
             } catch {
                 result = .failure(error)
             }
-            finish(ids, result)
+            finish(number, ids, result)
         }
+        // It cannot have finished before: that takes the lock.
+        state.tasks[number] = (task, batch.count)
     }
 
-    private func finish(_ ids: [UInt64], _ result: Result<[HandlerOutcome], any Error>) {
-        let waiting = self.state.withLock { state in ids.map { state.running.removeValue(forKey: $0) } }
-        for (index, continuation) in waiting.enumerated() {
-            continuation?.resume(with: result.map { $0[index] })
+    private func finish(_ batch: Int, _ ids: [UInt64], _ result: Result<[HandlerOutcome], any Error>) {
+        let waiting = self.state.withLock { state in
+            state.tasks[batch] = nil
+            return ids.map { state.running.removeValue(forKey: $0) }
+        }
+        for (index, running) in waiting.enumerated() {
+            running?.continuation.resume(with: result.map { $0[index] })
         }
     }
 }

@@ -182,7 +182,8 @@ extension TransportContract {
             let seen = Seen()
             var router = EventRouter()
             router.on(EmailVerificationRequested.self, matching: "email.#") { delivery in
-                seen.add("\(delivery.eventID) \(delivery.event.recipient)")
+                // Others use these exchanges too.
+                if delivery.event.recipient.contains(bench.unique) { seen.add(delivery.event.recipient) }
                 return .acknowledge
             }
             try await bench.transport.declare(.events, deadline: bench.deadline)
@@ -199,7 +200,7 @@ extension TransportContract {
             }
             let inbox = InMemoryInbox()
             let (first, second) = (new, old)
-            let ids = try await withThrowingTaskGroup(of: Void.self) { group in
+            try await withThrowingTaskGroup(of: Void.self) { group in
                 for subscription in [first, second] {
                     let subscriber = EventSubscriber(
                         transport: bench.transport, subscription: subscription, router: router, inbox: inbox)
@@ -210,11 +211,10 @@ extension TransportContract {
                 let publisher = DualPublisher(
                     transport: bench.transport, configuration: PublisherConfiguration(service: "contract"), phase: .dual
                 )
-                var ids: Set<String> = []
                 for number in 0..<20 {
-                    let receipt = try await publisher.publish(
-                        EmailVerificationRequested(recipient: "u\(number)@example.org", subject: "s", body: "b"))
-                    ids.insert("\(receipt.eventID) u\(number)@example.org")
+                    try await publisher.publish(
+                        EmailVerificationRequested(
+                            recipient: "u\(number)@\(bench.unique).example.org", subject: "s", body: "b"))
                 }
                 try await until(bench, "all are handled, and both queues are empty") {
                     guard seen.all.count >= 20 else { return false }
@@ -223,9 +223,8 @@ extension TransportContract {
                     }
                     return true
                 }
-                return ids
             }
-            try ContractViolation.equal(seen.all.filter { ids.contains($0) }.count, 20, "each once")
+            try ContractViolation.equal(seen.all.count, 20, "each once")
         },
         Check("a slow retry does not hold up a fast one behind it") { bench in
             let seen = Seen()
