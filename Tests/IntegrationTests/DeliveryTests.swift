@@ -200,4 +200,43 @@ import Testing
         #expect(doubled <= 200, "no more than were under way at the kills: \(doubled)")
         await transport.close()
     }
+
+    @Test func `a message too large to be taken is put aside by the broker, and looking at it does not lose it`()
+        async throws
+    {
+        let queue: QueueName = "fault.large"
+        let transport = try await SharedStack.transport { $0.maximumBodySize = 100_000 }
+        let seen = Locked(0)
+        var router = EventRouter()
+        router.on(matching: "#") { _ in
+            seen.withLock { $0 += 1 }
+            return .acknowledge
+        }
+        let subscription = EventSubscription(queue: queue, bindings: ["fault.large"])
+        let subscriber = EventSubscriber(transport: transport, subscription: subscription, router: router)
+        try await subscriber.declare()
+        let dead = DeadLetterQueue(of: queue, transport: transport)
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await subscriber.run() }
+            defer { group.cancelAll() }
+            for size in [150_000, 10] {
+                let event = UntypedEvent(
+                    routingKey: "fault.large", data: Array(#"{"text":"\#(String(repeating: "x", count: size))"}"#.utf8))
+                try await publisher(transport).publish(event)
+            }
+            try await eventually("the small one is handled, the large one put aside") {
+                try await transport.status(of: queue.deadLetterQueue, deadline: .now + .seconds(20)).messages == 1
+                    && seen.withLock { $0 } == 1
+            }
+        }
+        let letters = Locked<[Bool]>([])
+        for _ in 1...2 {
+            try await dead.read { letter in letters.withLock { $0.append(letter.isTruncated) } }
+            let report = try await dead.replay()
+            #expect(report.done == 0 && report.failed == 1)
+            #expect(report.failure?.code == .eventTooLarge)
+        }
+        #expect(letters.withLock { $0 } == [true, true], "it is still there")
+        await transport.close()
+    }
 }

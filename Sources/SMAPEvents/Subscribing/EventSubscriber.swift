@@ -102,6 +102,8 @@ public final class EventSubscriber: Service {
         // Handlers that still run have used up their time.
         pool.cancel()
         await pool.until(within: .seconds(1)) { $0.workers == 0 }
+        // It holds this subscriber too.
+        self.pool.withLock { $0 = nil }
         try result.get()
     }
 
