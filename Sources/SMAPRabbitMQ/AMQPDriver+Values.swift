@@ -1,0 +1,77 @@
+internal import CRabbitMQ
+internal import ConnectionThread
+internal import SMAPEvents
+
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
+/// Values as the C library has them, and as the rest of this module does.
+extension AMQPDriver {
+    static func check(_ status: Int32, _ doing: String) throws {
+        guard status == AMQP_STATUS_OK.rawValue else { throw AMQPFailure.library(status: status, doing: doing) }
+    }
+
+    static func string(_ bytes: amqp_bytes_t) -> String {
+        // Sound: the library's buffers are valid until they are released, after this frame was taken.
+        String(decoding: UnsafeRawBufferPointer(start: bytes.bytes, count: bytes.len), as: UTF8.self)
+    }
+
+    static func properties(_ raw: amqp_basic_properties_t) -> MessageProperties {
+        func text(_ flag: Int32, _ value: amqp_bytes_t) -> String? {
+            raw._flags & amqp_flags_t(flag) != 0 ? string(value) : nil
+        }
+        var properties = MessageProperties(
+            contentType: text(AMQP_BASIC_CONTENT_TYPE_FLAG, raw.content_type),
+            messageID: text(AMQP_BASIC_MESSAGE_ID_FLAG, raw.message_id), type: text(AMQP_BASIC_TYPE_FLAG, raw.type),
+            appID: text(AMQP_BASIC_APP_ID_FLAG, raw.app_id),
+            correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id),
+            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to))
+        if raw._flags & amqp_flags_t(AMQP_BASIC_TIMESTAMP_FLAG) != 0 {
+            properties.timestamp = Date(timeIntervalSince1970: Double(raw.timestamp))
+        }
+        if raw._flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0 {
+            for entry in UnsafeBufferPointer(start: raw.headers.entries, count: Int(raw.headers.num_entries)) {
+                // Nested tables and arrays are left out: nothing of ours is in them.
+                if let value = headerValue(entry.value) { properties.headers[string(entry.key)] = value }
+            }
+        }
+        return properties
+    }
+
+    static func headerValue(_ field: amqp_field_value_t) -> MessageProperties.HeaderValue? {
+        switch UInt32(field.kind) {
+        case AMQP_FIELD_KIND_UTF8.rawValue, AMQP_FIELD_KIND_BYTES.rawValue: .string(string(field.value.bytes))
+        case AMQP_FIELD_KIND_BOOLEAN.rawValue: .boolean(field.value.boolean != 0)
+        case AMQP_FIELD_KIND_I8.rawValue: .integer(Int64(field.value.i8))
+        case AMQP_FIELD_KIND_U8.rawValue: .integer(Int64(field.value.u8))
+        case AMQP_FIELD_KIND_I16.rawValue: .integer(Int64(field.value.i16))
+        case AMQP_FIELD_KIND_U16.rawValue: .integer(Int64(field.value.u16))
+        case AMQP_FIELD_KIND_I32.rawValue: .integer(Int64(field.value.i32))
+        case AMQP_FIELD_KIND_U32.rawValue: .integer(Int64(field.value.u32))
+        case AMQP_FIELD_KIND_I64.rawValue: .integer(field.value.i64)
+        case AMQP_FIELD_KIND_U64.rawValue, AMQP_FIELD_KIND_TIMESTAMP.rawValue:
+            .integer(Int64(clamping: field.value.u64))
+        default: nil
+        }
+    }
+
+    static func timeval(from now: MonotonicTime, to deadline: MonotonicTime) -> CRabbitMQTimeval {
+        let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 1_000_000
+        return CRabbitMQTimeval(tv_sec: Int(left / 1_000_000_000), tv_usec: Int(left % 1_000_000_000 / 1000))
+    }
+
+    static func with(_ value: CRabbitMQTimeval, _ body: (UnsafePointer<CRabbitMQTimeval>) -> Int32) -> Int32 {
+        withUnsafePointer(to: value, body)
+    }
+}
