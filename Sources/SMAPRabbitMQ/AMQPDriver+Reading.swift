@@ -168,7 +168,9 @@ extension AMQPDriver {
             channel.closed(error, keepSteps: false)
             channels[channel.number] = nil
             connection.remove(consumer)
-            consumer.fail(EventsError(error.code, text, operation: "consume from \(consumer.queue)"))
+            // Once it consumes, 406 means that something was unsettled for too long (`consumer_timeout`): it comes again.
+            let code = error.code == .topologyConflict ? EventsError.Code.connectionLost : error.code
+            consumer.fail(EventsError(code, text, operation: "consume from \(consumer.queue)"))
         }
     }
 }

@@ -95,9 +95,13 @@ struct DeadLetterCommand: AsyncParsableCommand {
             try await Console.reporting {
                 let groups = Mutex<[[String?]: Group]>([:])
                 let choice = selection.choice
+                let limit = selection.limit ?? .max
+                let count = Atomic(0)
                 try await selection.withQueue { queue in
-                    try await queue.read(limit: selection.limit ?? .max) { letter in
-                        guard choice?(letter) ?? true else { return }
+                    try await queue.read { letter in
+                        guard choice?(letter) ?? true, count.add(1, ordering: .relaxed).newValue <= limit else {
+                            return
+                        }
                         groups.withLock { groups in
                             let key = [letter.errorType, letter.routingKey]
                             var group =

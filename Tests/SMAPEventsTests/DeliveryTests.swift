@@ -515,9 +515,10 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
-    @Test func `a circuit breaker pauses, tries one at a time, and never drains the queue into the dead letters`()
-        async throws
-    {
+    @Test(arguments: [(1, false), (8, false), (8, true)])
+    func `a circuit breaker pauses, tries one at a time, and never drains the queue into the dead letters`(
+        concurrency: Int, hasLanes: Bool
+    ) async throws {
         let clock = ManualClock()
         try await EventsTestHarness.withHarness(clock: clock) { harness in
             let log = Log()
@@ -531,33 +532,66 @@ private let queue: QueueName = "test.deliveries"
             let subscription = subscription {
                 $0.retry = RetryPolicy(maximumAttempts: 3, rungs: [.milliseconds(1)])
                 $0.circuitBreaker = CircuitBreakerPolicy(window: 5, failureShare: 0.8, pause: .seconds(10))
-                $0.concurrency = 1
+                $0.concurrency = concurrency
+                $0.lane = hasLanes ? .init { "\($0.data.count)" } : nil
+                // What waits in lanes is given back at each pause, and comes as often again.
+                $0.maximumRedeliveries = 10
             }
             let subscriber = EventSubscriber(
                 transport: harness.broker, subscription: subscription, router: router, clock: clock)
             try await subscriber.declare()
             // Few, so that each is tried more often than it has attempts.
-            for number in 1...6 { try await harness.publisher.publish(Numbered(number: number)) }
+            let events = hasLanes ? [1, 10, 100, 1_000, 10_000, 100_000] : [1, 2, 3, 4, 5, 6]
+            for number in events { try await harness.publisher.publish(Numbered(number: number)) }
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await subscriber.run() }
                 defer { group.cancelAll() }
-                for round in 0..<12 {
-                    try await until { await subscriber.health().description.contains("paused") }
-                    // The window first, then one at a time.
-                    #expect(log.all.count == 5 + round)
-                    clock.advance(by: .seconds(10))
-                    try await until { log.all.count == 6 + round }
+                func paused() async throws {
+                    // Its pause is what sleeps beside the watch.
+                    try await until {
+                        guard await subscriber.health().description.contains("paused"), clock.sleeperCount >= 2 else {
+                            return false
+                        }
+                        let status = try? await harness.broker.status(of: queue, deadline: .now + .seconds(5))
+                        return status?.consumers == 0
+                    }
                 }
+                try await paused()
+                let before = log.all.count
+                for round in 0..<25 {
+                    try await paused()
+                    #expect(log.all.count == before + round, "one at a time")
+                    clock.advance(by: .seconds(10))
+                    try await until { log.all.count > before + round }
+                }
+                try await paused()
+                #expect(log.all.count == before + 25)
                 #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
-                try await until { await subscriber.health().description.contains("paused") }
                 down.isDown = false
                 try await until {
-                    clock.advance(by: .seconds(1))
-                    return Set(log.all.suffix(6)).count == 6 && harness.broker.isSettled(queue)
+                    if await subscriber.health().description.contains("paused") { clock.advance(by: .seconds(10)) }
+                    clock.advance(by: .milliseconds(1))
+                    return Set(log.all.dropFirst(before + 25)).count == 6 && harness.broker.isSettled(queue)
                 }
                 try await until { await subscriber.health().isHealthy }
             }
             #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
+    @Test func `a second request under a correlation id that is in use is refused`() async throws {
+        let broker = InMemoryBroker()
+        try await broker.declare(QueueDeclaration("test.asked"), deadline: .now + .seconds(5))
+        let question = OutboundMessage(
+            exchange: "", routingKey: "test.asked", properties: MessageProperties(correlationID: "same"), body: [])
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { _ = try await broker.request(question, deadline: .now + .seconds(600)) }
+            defer { group.cancelAll() }
+            try await until { broker.messages(in: "test.asked").count == 1 }
+            let error = await #expect(throws: EventsError.self) {
+                try await broker.request(question, deadline: .now + .seconds(5))
+            }
+            #expect(error?.code == .invalidEvent)
         }
     }
 

@@ -69,7 +69,8 @@ public struct DeadLetterQueue: Sendable {
     /// replayed twice by one call. Up to 100 are under way at a time, so their order is not kept.
     ///
     /// - Parameters:
-    ///   - isChosen: Which; all by default. Those that are not are held unsettled meanwhile, ``lookLimit`` at most.
+    ///   - isChosen: Which; all by default. Those that are not are held unsettled meanwhile, ``lookLimit`` at most, and what
+    ///     the broker sends ahead of a slow `rate` is held in memory: choose a few by `limit` where messages are large.
     ///   - limit: How many at most.
     ///   - rate: How many a second at most.
     ///   - isDryRun: Whether they are only counted.
@@ -155,17 +156,20 @@ public struct DeadLetterQueue: Sendable {
         act: @escaping @Sendable (DeadLetter, InboundDelivery, any TransportConsumer) async throws -> Void
     ) async throws {
         let deadline = ContinuousClock.now + .seconds(30)
-        // Tells a queue that is missing from one that is empty.
-        _ = try await transport.status(of: queue.deadLetterQueue, deadline: deadline)
+        // Throws for a queue that is missing. A slow broker may be silent for longer while there is something to come.
+        let expected = try await transport.status(of: queue.deadLetterQueue, deadline: deadline)
         try await transport.withConsumer(on: queue.deadLetterQueue, prefetch: prefetch, deadline: deadline) {
             consumer in
             let idle = IdleTime()
+            idle.missing.withLock { $0 = expected.messages }
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask {
                     while true {
-                        let end = (idle.since.withLock { $0 } ?? .now) + Self.silence
+                        let silence = idle.missing.withLock { $0 } > 0 ? Self.silence * 10 : Self.silence
+                        let end = (idle.since.withLock { $0 } ?? .now) + silence
                         if end <= .now { break }
-                        try await Task.sleep(until: end)
+                        // What is still missing may be here before that.
+                        try await Task.sleep(until: min(end, .now + Self.silence))
                     }
                     await consumer.stop()
                 }
@@ -174,6 +178,7 @@ public struct DeadLetterQueue: Sendable {
                     var running = 0
                     reading: while let delivery = try await consumer.next() {
                         idle.since.withLock { $0 = nil }
+                        idle.missing.withLock { $0 -= 1 }
                         let letter = DeadLetter(delivery)
                         switch try await choose(letter) {
                         case .stop: break reading
@@ -197,5 +202,7 @@ public struct DeadLetterQueue: Sendable {
     /// Since when nothing has come; nil while a dead letter is being looked at.
     private final class IdleTime: Sendable {
         let since = Mutex<ContinuousClock.Instant?>(.now)
+        /// How many are still to come, by the broker's count at the beginning.
+        let missing = Mutex(0)
     }
 }

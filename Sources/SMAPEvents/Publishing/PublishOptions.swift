@@ -6,7 +6,8 @@ public import Foundation
 
 /// What a caller may say about one publish. Everything has a default.
 public struct PublishOptions: Sendable {
-    /// The event's id; a new one by default. Give the id of an earlier attempt to repeat it.
+    /// The event's id; a new one by default. Give the id of an earlier attempt to repeat it. An inbox recognises repetitions
+    /// by ids that are, or end in, a UUID; see ``InboxEntry``.
     public var eventID: EventID?
     /// When the event happened; now by default.
     public var timestamp: Date?

@@ -19,7 +19,15 @@ package final class ReplyRegistry: Sendable {
     package func request(
         _ correlationID: String, deadline: ContinuousClock.Instant, publish: @escaping @Sendable () async throws -> Bool
     ) async throws -> InboundDelivery {
-        waiting.withLock { $0[correlationID] = Waiting() }
+        let isNew = waiting.withLock { waiting in
+            guard waiting[correlationID] == nil else { return false }
+            waiting[correlationID] = Waiting()
+            return true
+        }
+        guard isNew else {
+            throw EventsError(
+                .invalidEvent, "a request with this correlation id is under way", operation: "request")
+        }
         defer { waiting.withLock { $0[correlationID] = nil } }
         return try await withThrowingTaskGroup(of: InboundDelivery?.self) { group in
             group.addTask { [self] in

@@ -66,15 +66,15 @@ final class BatchCollector<Event: Sendable>: Sendable {
                 if isCancelled { continuation.resume(throwing: CancellationError()) }
             }
         } onCancel: {
+            // One whose batch is being handled waits for that: only then is its place free again.
             let continuation = state.withLock { state -> CheckedContinuation<HandlerOutcome, any Error>? in
                 if let index = state.waiting.firstIndex(where: { $0.id == id }) {
                     return state.waiting.remove(at: index).continuation
                 }
-                guard let running = state.running.removeValue(forKey: id) else { return nil }
-                // Its batch goes on without it as long as there are others in it.
+                guard let running = state.running[id] else { return nil }
                 state.tasks[running.batch]?.waiting -= 1
                 if state.tasks[running.batch]?.waiting == 0 { state.tasks[running.batch]?.task.cancel() }
-                return running.continuation
+                return nil
             }
             continuation?.resume(throwing: CancellationError())
         }

@@ -43,17 +43,27 @@ final class CircuitBreaker: Sendable {
         var watcher: CheckedContinuation<Void, Never>?
         /// Whether the phase has changed since the consumer was started for it.
         var hasChanged = false
+        /// When it opened, as the stopwatch counts.
+        var openSince: Duration = .zero
     }
 
     let policy: CircuitBreakerPolicy
+    private let stopwatch: Stopwatch
     private let state = Mutex(State())
 
-    init(_ policy: CircuitBreakerPolicy) { self.policy = policy }
+    init(_ policy: CircuitBreakerPolicy, _ stopwatch: Stopwatch) {
+        self.policy = policy
+        self.stopwatch = stopwatch
+    }
+
+    /// Since when it has been open; nil if it is not.
+    var openSince: Duration? { state.withLock { $0.phase == .open ? $0.openSince : nil } }
 
     var phase: Phase { state.withLock { $0.phase } }
 
     /// Takes note of how a delivery ended.
     func record(failure: Bool) {
+        let now = stopwatch.elapsed()
         let watcher = state.withLock { state -> CheckedContinuation<Void, Never>? in
             switch state.phase {
             case .open: return nil
@@ -70,6 +80,7 @@ final class CircuitBreaker: Sendable {
             state.recent = []
             state.failures = 0
             state.hasChanged = true
+            state.openSince = now
             defer { state.watcher = nil }
             return state.watcher
         }
@@ -77,7 +88,12 @@ final class CircuitBreaker: Sendable {
     }
 
     /// The pause is over: one delivery may be tried.
-    func beginTrial() { state.withLock { $0.phase = .trial } }
+    func beginTrial() {
+        state.withLock { state in
+            state.phase = .trial
+            state.hasChanged = false
+        }
+    }
 
     /// Returns at the next change of phase, or when the task is cancelled. For one task at a time.
     func untilChanged() async {

@@ -12,9 +12,12 @@ final class DeliveryInHand: Sendable {
 
     let delivery: InboundDelivery
     let consumer: any TransportConsumer
+    /// Whether the circuit breaker was trying whether handlers work again when this was taken.
+    let isTrial: Bool
     private let state = Mutex(State())
 
-    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer) {
+    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer, isTrial: Bool) {
+        self.isTrial = isTrial
         self.delivery = delivery
         self.consumer = consumer
     }

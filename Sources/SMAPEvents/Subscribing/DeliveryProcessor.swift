@@ -51,12 +51,14 @@ struct DeliveryProcessor: Sendable {
     /// Asks the inbox, then the handler.
     func verdict(on inHand: DeliveryInHand) async -> Verdict {
         let delivery = inHand.delivery
-        guard delivery.redeliveries < subscription.maximumRedeliveries else {
+        // First of all: a copy of it would be empty.
+        if delivery.isTruncated { return .reject }
+        // In a trial of the circuit breaker the message at the head comes again after each pause: that is no crash.
+        guard delivery.redeliveries < subscription.maximumRedeliveries || inHand.isTrial else {
             return .deadLetter(
                 reason: "delivered \(delivery.redeliveries + 1) times without an answer: it may kill its consumers",
                 errorType: "poison")
         }
-        if delivery.isTruncated { return .reject }
         let envelope: EventEnvelope
         do { envelope = try router.envelope(of: delivery) } catch {
             return .deadLetter(
@@ -124,10 +126,9 @@ struct DeliveryProcessor: Sendable {
 
     /// Carries a verdict out. Called once for a delivery, by whoever has decided.
     ///
-    /// - Parameter counts: Whether a failure is one of its attempts.
-    func conclude(
-        _ inHand: DeliveryInHand, _ verdict: Verdict, counts: Bool, since start: ContinuousClock.Instant
-    ) async {
+    /// A failure in a trial of the circuit breaker is none of its attempts.
+    func conclude(_ inHand: DeliveryInHand, _ verdict: Verdict, since start: ContinuousClock.Instant) async {
+        let counts = !inHand.isTrial
         let delivery = inHand.delivery
         var outcome = ConsumerMetrics.Outcome.unsettled
         switch verdict {
@@ -214,6 +215,7 @@ struct DeliveryProcessor: Sendable {
             if otherwise == .requeue { await pause() }
             return settle(inHand, otherwise)
         } catch is CancellationError {
+            await release(inHand)
             return false
         } catch {
             // It stays where it is, and keeps this handler's place meanwhile: what cannot be put aside must not spin.

@@ -39,7 +39,8 @@ public struct EventRouter: Sendable {
     ///
     /// - Parameters:
     ///   - size: How many events a batch holds at most, 1 or more.
-    ///   - wait: How long an event waits for others, 1 s by default.
+    ///   - wait: How long an event waits for others, 1 s by default. It counts towards
+    ///     ``EventSubscription/handlerDeadline``, and must be well below that.
     ///   - clock: What measures that; for tests.
     public mutating func onBatch<E: SMAPEvent>(
         of type: E.Type, matching pattern: TopicPattern? = nil, size: Int, within wait: Duration = .seconds(1),

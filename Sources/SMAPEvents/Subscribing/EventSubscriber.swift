@@ -26,8 +26,8 @@ public final class EventSubscriber: Service {
     /// Why a consumer was ended in order.
     private enum End {
         case shutdown
-        /// The circuit breaker wants another one, or none for now, as of a time of the stopwatch.
-        case breaker(Duration)
+        /// The circuit breaker wants another one, or none for now.
+        case breaker
     }
 
     private let transport: any EventTransport
@@ -58,7 +58,7 @@ public final class EventSubscriber: Service {
         self.hasInbox = inbox != nil
         self.metrics = ConsumerMetrics(subscription.queue)
         self.stopwatch = Stopwatch(clock)
-        self.breaker = subscription.circuitBreaker.map { CircuitBreaker($0) }
+        self.breaker = subscription.circuitBreaker.map { [stopwatch] in CircuitBreaker($0, stopwatch) }
         self.processor = DeliveryProcessor(
             transport: transport, subscription: subscription, router: router, inbox: inbox, stopwatch: stopwatch,
             logger: logger, tracing: MessageTracing(tracer), metrics: metrics)
@@ -146,6 +146,9 @@ public final class EventSubscriber: Service {
         var failures = 0
         var hasConsumed = false
         while !Task.isShuttingDownGracefully {
+            // Also when the breaker opened just as the connection was lost.
+            try await pauseIfOpen()
+            if Task.isShuttingDownGracefully { return }
             do {
                 try await cancelWhenGracefulShutdown { try await self.declare() }
                 // One at a time, while it is not known whether handlers can work again.
@@ -157,10 +160,9 @@ public final class EventSubscriber: Service {
                     enter(.consuming)
                     return try await serve(consumer, intake, pool)
                 }
-                guard case .breaker(let start) = end else { return }
+                guard end == .breaker else { return }
                 hasConsumed = true
                 failures = 0
-                try await pause(since: start)
             } catch is CancellationError where Task.isShuttingDownGracefully {
                 return
             } catch let error as EventsError {
@@ -231,37 +233,48 @@ public final class EventSubscriber: Service {
                 return .shutdown
             }
             if let breaker {
-                group.addTask { [stopwatch] in
+                group.addTask {
                     await breaker.untilChanged()
                     try Task.checkCancellation()
-                    return .breaker(stopwatch.elapsed())
+                    return .breaker
                 }
             }
             defer { group.cancelAll() }
             return try await group.next() ?? .shutdown
         }
         // The channel stays open while handlers finish, so that what they decide still goes out.
-        if case .breaker = end {
+        if end == .breaker {
             enter(.paused)
             await consumer.stop()
-            await pool.until(within: subscription.handlerDeadline + subscription.deadline) { $0.busy == $0.overdue }
+            await withTaskGroup { [subscription] group in
+                let limit = subscription.handlerDeadline + subscription.deadline
+                group.addTask {
+                    await pool.until(within: limit) { $0.busy == $0.overdue && $0.concluding == 0 }
+                }
+                // A shutdown has less patience.
+                group.addTask { try? await gracefulShutdown() }
+                await group.next()
+                group.cancelAll()
+            }
+            if !Task.isShuttingDownGracefully { return .breaker }
         } else {
             enter(.stopping)
             await consumer.stop()
-            intake.finish()
-            await pool.until(within: subscription.drainTimeout) { $0.workers == 0 }
         }
-        return end
+        intake.finish()
+        await pool.until(within: subscription.drainTimeout) { $0.workers == 0 && $0.concluding == 0 }
+        return .shutdown
     }
 
-    /// The pause of an open circuit breaker; what was in hand has been settled.
-    private func pause(since start: Duration) async throws {
-        guard let breaker, breaker.phase == .open else { return }
+    /// Waits for as long as an open circuit breaker pauses; what was in hand has been settled.
+    private func pauseIfOpen() async throws {
+        guard let breaker, let since = breaker.openSince else { return }
+        enter(.paused)
         logger.warning(
             "subscription paused",
             metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
         try? await cancelWhenGracefulShutdown { [stopwatch] in
-            try await stopwatch.sleepUntil(start + breaker.policy.pause)
+            try await stopwatch.sleepUntil(since + breaker.policy.pause)
         }
         try Task.checkCancellation()
         breaker.beginTrial()
@@ -275,16 +288,17 @@ public final class EventSubscriber: Service {
             generation = next
             do {
                 while let delivery = try await consumer.next() {
+                    let phase = breaker?.phase
+                    // What was fetched ahead goes back with the consumer.
+                    if phase == .open { break }
                     let start = ContinuousClock.now
-                    let inHand = DeliveryInHand(delivery.restored(), consumer)
+                    let inHand = DeliveryInHand(delivery.restored(), consumer, isTrial: phase == .trial)
                     pool.hold(inHand, worker)
                     let verdict = await processor.verdict(on: inHand)
                     // Otherwise its time was up, it is being retried, and this worker is replaced.
                     guard inHand.decide() else { return }
                     await conclude(inHand, verdict, since: start)
                     pool.hold(nil, worker)
-                    // What was fetched ahead goes back with the consumer.
-                    if breaker?.phase == .open { break }
                 }
             } catch is EventsError {
                 // This consumer is gone; there will be another.
@@ -295,10 +309,9 @@ public final class EventSubscriber: Service {
     private func conclude(
         _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
     ) async {
-        // What is tried while the breaker is not closed must not use up its attempts.
-        let counts = breaker.map { $0.phase != .trial } ?? true
-        await processor.conclude(inHand, verdict, counts: counts, since: start)
+        // Before it is settled: in a trial the broker sends the next one only then.
         if let failure = verdict.isFailure { breaker?.record(failure: failure) }
+        await processor.conclude(inHand, verdict, since: start)
     }
 
     /// Takes deliveries from handlers that are past their deadline.
@@ -312,6 +325,7 @@ public final class EventSubscriber: Service {
                     processor.log("handler is past its deadline", inHand.delivery, reason: "\(limit)")
                     group.addTask {
                         await self.conclude(inHand, .retry(nil, cause: "handlerDeadline"), since: .now - limit)
+                        pool.concluded()
                     }
                 }
                 metrics.overdue(pool.load.overdue)

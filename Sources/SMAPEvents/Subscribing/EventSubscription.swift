@@ -28,9 +28,9 @@ public struct EventSubscription: Sendable {
     /// Whose deliveries are handled one after the other, in the order of the queue; by default nobody's.
     ///
     /// A failed delivery then waits for its next attempt in its lane, and those behind it with it: attempts are counted in
-    /// this process, and a pause is at most a quarter of an hour, since RabbitMQ takes back what is unsettled for longer
-    /// than half an hour. All that waits counts towards ``prefetch``: a lane that stands still and is fed on and on ends up
-    /// holding up the others.
+    /// this process, and a pause is at most a quarter of an hour. RabbitMQ takes back what is unsettled for longer than half
+    /// an hour (`consumer_timeout`): then the lanes begin anew, in order, with attempts counted from 1. All that waits
+    /// counts towards ``prefetch``: a lane that stands still and is fed on and on ends up holding up the others.
     public var lane: Lane?
     /// Whether the broker gives the queue's messages to one consumer at a time, and to the next one when that is gone
     /// (`x-single-active-consumer`). With ``lane`` this is what keeps the order across processes. Off by default.

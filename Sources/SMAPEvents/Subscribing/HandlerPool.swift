@@ -16,6 +16,8 @@ final class HandlerPool: Sendable {
         var workers: [Int: Worker] = [:]
         var lastID = 0
         var isClosed = false
+        /// Deliveries taken from overdue workers that are still being settled.
+        var concluding = 0
         var waiting:
             [UInt64: (isDone: @Sendable (HandlerPool.Load) -> Bool, continuation: CheckedContinuation<Void, Never>)] =
                 [:]
@@ -24,15 +26,17 @@ final class HandlerPool: Sendable {
         var load: Load {
             Load(
                 workers: workers.count, busy: workers.values.count { $0.inHand != nil },
-                overdue: workers.values.count { $0.isOverdue })
+                overdue: workers.values.count { $0.isOverdue }, concluding: concluding)
         }
     }
 
-    /// How many workers there are, how many have a delivery in hand, and how many of those are past its deadline.
+    /// How many workers there are, how many have a delivery in hand, how many of those are past its deadline, and how many
+    /// deliveries taken from such workers are still being settled.
     struct Load: Sendable {
         var workers: Int
         var busy: Int
         var overdue: Int
+        var concluding: Int
     }
 
     private let state = Mutex(State())
@@ -89,6 +93,7 @@ final class HandlerPool: Sendable {
                 guard let inHand = worker.inHand, let due = inHand.due else { continue }
                 if due <= now, inHand.decide() {
                     state.workers[id]?.isOverdue = true
+                    state.concluding += 1
                     found.append((inHand, worker.task))
                 } else {
                     next = min(next ?? due, due)
@@ -98,6 +103,12 @@ final class HandlerPool: Sendable {
         }
         for (_, task) in found { task?.cancel() }
         return (found.map(\.0), next)
+    }
+
+    /// A delivery taken from an overdue worker has been settled.
+    func concluded() {
+        state.withLock { $0.concluding -= 1 }
+        notify()
     }
 
     /// Cancels all workers; no more are started.

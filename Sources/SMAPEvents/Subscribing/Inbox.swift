@@ -22,7 +22,8 @@ public struct InboxEntry: Sendable, Hashable {
     /// Who remembers: a queue's name, or one that several queues of a consumer share. 1 to 245 bytes.
     public let scope: String
     /// The event's id; one that is no UUID is joined with a hash of the message, since siblings have given such ids to
-    /// different events.
+    /// different events. So a repetition under such an id is recognised only if it is the same to the byte, and the two legs
+    /// of a dual publish are not: let events have the ids that they are given, or UUIDs.
     public let id: String
 
     /// Names an entry.

@@ -51,13 +51,15 @@ public enum InboxContract {
         },
         Check("what is completed stays done, for its time, and in its scope only") { inbox, entry in
             _ = try await granted(inbox, entry, lease: .seconds(60))
-            try await inbox.complete(entry, timeToLive: .milliseconds(300), deadline: deadline)
+            try await inbox.complete(entry, timeToLive: .seconds(60), deadline: deadline)
             try ContractViolation.equal(
                 try await inbox.claim(entry, lease: .seconds(60), deadline: deadline), .done, "a second claim")
-            _ = try await granted(inbox, InboxEntry(scope: entry.scope + ".other", id: entry.id), lease: .seconds(60))
+            let other = InboxEntry(scope: entry.scope + ".other", id: entry.id)
+            _ = try await granted(inbox, other, lease: .seconds(60))
+            try await inbox.complete(other, timeToLive: .milliseconds(50), deadline: deadline)
             // The duration is what is tested.
-            try await Task.sleep(for: .milliseconds(350))
-            _ = try await granted(inbox, entry, lease: .seconds(60))
+            try await Task.sleep(for: .milliseconds(100))
+            _ = try await granted(inbox, other, lease: .seconds(60))
         },
         Check("a lease that is given back, or has run out, is granted to another; a stale token gives nothing back") {
             inbox, entry in

@@ -178,6 +178,30 @@ extension TransportContract {
                     seen.all.filter { $0.hasPrefix("p\(project) ") }, (0..<20).map { "p\(project) \($0)" }, "order")
             }
         },
+        Check("a queue with a single active consumer gives all to one, and to the next when that is gone") { bench in
+            var subscription = try subscription(bench)
+            subscription.isSingleActive = true
+            try await bench.transport.declare(bench.exchange(.topic), deadline: bench.deadline)
+            try await subscription.topology.apply(to: bench.transport)
+            let (queue, transport) = (subscription.queue, bench.transport)
+            let taken = try await transport.withConsumer(on: queue, prefetch: 10, deadline: bench.deadline) { first in
+                try await transport.withConsumer(on: queue, prefetch: 10, deadline: bench.deadline) { second in
+                    let message = bench.message(bench.exchange(.topic).name, "contract.tried")
+                    for _ in 0..<4 { _ = try await transport.publish(deadline: bench.deadline) { message } }
+                    var taken = 0
+                    while taken < 4, let delivery = try await first.next() {
+                        taken += 1
+                        if taken == 4 { await first.stop() }
+                        try first.settle(delivery, taken < 4 ? .acknowledge : .requeue)
+                    }
+                    let last = try await second.next()
+                    if let last { try second.settle(last, .acknowledge) }
+                    return (taken, last?.isRedelivered)
+                }
+            }
+            try ContractViolation.equal(taken.0, 4, "the first has had all")
+            try ContractViolation.equal(taken.1, true, "then the second")
+        },
         Check("a consumer of both legs of a dual publish acts once") { bench in
             let seen = Seen()
             var router = EventRouter()

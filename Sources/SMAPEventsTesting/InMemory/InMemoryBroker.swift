@@ -239,7 +239,11 @@ public final class InMemoryBroker: EventTransport {
 
     /// No more deliveries for this consumer; those that no task has taken go back.
     func stop(_ consumer: InMemoryConsumer) {
-        state.withLock { state in state.queues[consumer.queue]?.consumers.removeAll { $0 === consumer } }
+        state.withLock { state in
+            state.queues[consumer.queue]?.consumers.removeAll { $0 === consumer }
+            // A single active consumer leaves its place to the next.
+            Self.dispatch(consumer.queue, &state)
+        }
         consumer.buffer.end(with: nil)
     }
 
@@ -316,13 +320,17 @@ public final class InMemoryBroker: EventTransport {
     /// Gives what is ready to consumers that may have more, in turn.
     private static func dispatch(_ name: QueueName, _ state: inout State) {
         while let queue = state.queues[name], !queue.ready.isEmpty {
-            let free = queue.consumers.firstIndex {
+            let isSingle = queue.declaration.arguments["x-single-active-consumer"] == .boolean(true)
+            let candidates = isSingle ? queue.consumers.prefix(1) : queue.consumers[...]
+            let free = candidates.firstIndex {
                 (state.unsettled[ObjectIdentifier($0)]?.count ?? .max) < $0.prefetch
             }
-            guard let free, let consumer = state.queues[name]?.consumers.remove(at: free),
-                var message = state.queues[name]?.ready.popFirst()
-            else { return }
-            state.queues[name]?.consumers.append(consumer)
+            guard let free, var message = state.queues[name]?.ready.popFirst() else { return }
+            let consumer = queue.consumers[free]
+            if !isSingle {
+                state.queues[name]?.consumers.remove(at: free)
+                state.queues[name]?.consumers.append(consumer)
+            }
             let id = ObjectIdentifier(consumer)
             let tag = (state.lastTags[id] ?? 0) + 1
             state.lastTags[id] = tag
