@@ -75,6 +75,12 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         public static let totalBelowDone = Code("totalBelowDone")
         /// A project's items are counted by index or by name, never both.
         public static let itemKindMismatch = Code("itemKindMismatch")
+        /// The project's layout has no such stage.
+        public static let stageMismatch = Code("stageMismatch")
+        /// The project is not over yet, so it cannot be restarted.
+        public static let notFinished = Code("notFinished")
+        /// The generation is one that a project has left behind.
+        public static let staleGeneration = Code("staleGeneration")
         /// An item index beyond the configured limit.
         public static let indexOutOfRange = Code("indexOutOfRange")
         /// What is stored for the project is not what this tracker or its siblings write.

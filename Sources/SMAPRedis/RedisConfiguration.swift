@@ -1,5 +1,5 @@
 public import Configuration
-internal import SMAPEvents
+public import SMAPEvents
 
 /// Where Redis is, and the limits of talking to it.
 ///
@@ -21,6 +21,10 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     public var maximumInFlight: Int = 10_000
     /// How long a project's keys live after its last update, 604,800 s (a week) by default. Whole seconds.
     public var timeToLive: Duration = .seconds(604_800)
+
+    /// How hashes are read that siblings have started, who do not write down their layout: flat by default. Those with
+    /// stages are recognised.
+    public var assumedLayout: ProgressLayout = .flat
 
     /// Describes a server.
     public init(host: String = "localhost", port: Int = 6379, password: String? = nil, database: Int = 1) {

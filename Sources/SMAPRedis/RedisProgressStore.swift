@@ -14,11 +14,13 @@ internal import Foundation
 public final class RedisProgressStore: ProgressStore {
     private let client: RedisClient
     private let timeToLive: String
+    private let assumedLayout: ProgressLayout
 
     /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RedisConfiguration) throws {
         client = try RedisClient(configuration)
         timeToLive = String(configuration.timeToLive.components.seconds)
+        assumedLayout = configuration.assumedLayout
     }
 
     /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
@@ -48,9 +50,16 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func start(
-        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+        _ project: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        try await update(.start, project, [finishEventID.rawValue], deadline)
+        try await update(.start, project, [finishEventID.rawValue], layout: layout, deadline)
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func restart(
+        _ project: ProjectID, from generation: Int, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(.restart, project, [finishEventID.rawValue, String(generation)], deadline)
     }
 
     /// See ``SMAPEvents/ProgressStore``.
@@ -70,22 +79,37 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func advance(
-        _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
-        deadline: ContinuousClock.Instant
+        _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        let (kind, name) =
-            switch item {
-            case .index(let index): ("i", String(index))
-            case .named(let name): ("n", name)
+        var kind = "i"
+        let reports = items.reports.map { report in
+            let outcome = report.outcome == .failure ? "f" : "s"
+            switch report.item {
+            case .index(let index): return outcome + String(index)
+            case .named(let name):
+                kind = "n"
+                return outcome + name
             }
-        return try await update(
-            .advance, project, [finishEventID.rawValue, project.rawValue, kind, name, outcome == .failure ? "f" : "s"],
-            deadline)
+        }
+        let head = [
+            finishEventID.rawValue, project.rawValue, items.generation.map(String.init) ?? "",
+            items.stage?.rawValue ?? "", kind,
+        ]
+        return try await update(.advance, project, head + reports, deadline)
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func fail(_ project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate {
-        try await update(.fail, project, [], deadline)
+    public func abandon(
+        _ project: ProjectID, isCancelled: Bool, reason: String, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(.abandon, project, [isCancelled ? "cancelled" : "failed", reason], deadline)
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func settle(
+        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        try await update(.settle, project, [finishEventID.rawValue, project.rawValue], deadline)
     }
 
     /// See ``SMAPEvents/ProgressStore``.
@@ -102,37 +126,36 @@ public final class RedisProgressStore: ProgressStore {
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
+    public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [ProjectID] {
         // A random choice, so that finishes which cannot be published do not hide the others for ever.
         let reply = try await client.command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
         guard case .array(let names) = reply else { return [] }
-        var finishes: [PendingFinish] = []
-        for name in names {
-            guard let project = name.text.flatMap({ try? ProjectID($0) }) else { continue }
-            if let finish = try await pendingFinish(of: project, deadline: deadline) { finishes.append(finish) }
-        }
-        return finishes
+        return names.compactMap { $0.text.flatMap { try? ProjectID($0) } }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
-        let key = Self.keys(project)[4]
-        let reply = try await client.command(
-            ["HMGET", key, "event_id", "data", "decided_ms"], "pending finish of \(project)", deadline)
-        guard case .array(let fields) = reply, fields.count == 3, let id = fields[0].text else { return nil }
-        guard let data = fields[1].text, let decided = fields[2].number else {
-            throw EventsError(
-                .corruptProgress, "the pending finish is incomplete", operation: "pending finish of \(project)")
+    public func pendingFinishes(
+        of project: ProjectID, deadline: ContinuousClock.Instant
+    ) async throws -> [PendingFinish] {
+        let operation = "pending finishes of \(project)"
+        let reply = try await client.command(["HGETALL", Self.keys(project)[4]], operation, deadline)
+        guard case .array(let fields) = reply else { return [] }
+        return try stride(from: 0, to: fields.count - 1, by: 2).map { index in
+            // Generation, milliseconds, data.
+            let parts = fields[index + 1].text?.split(separator: " ", maxSplits: 2) ?? []
+            guard let id = fields[index].text.flatMap({ try? EventID($0) }), parts.count == 3,
+                let generation = Int(parts[0]), let decided = Int(parts[1])
+            else { throw EventsError(.corruptProgress, "a pending finish is incomplete", operation: operation) }
+            return PendingFinish(
+                project: project, generation: generation, eventID: id, data: Array(parts[2].utf8),
+                decidedAt: Date(timeIntervalSince1970: Double(decided) / 1000))
         }
-        return PendingFinish(
-            project: project, eventID: try EventID(id), data: Array(data.utf8),
-            decidedAt: Date(timeIntervalSince1970: Double(decided) / 1000))
     }
 
     /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
         let reply = try await run(
-            .clear, finish.project, [finish.eventID.rawValue, finish.project.rawValue], deadline)
+            .clear, finish.project, [finish.eventID.rawValue, finish.project.rawValue], nil, deadline)
         return reply.number == 1
     }
 
@@ -141,35 +164,45 @@ public final class RedisProgressStore: ProgressStore {
     /// The index of projects whose finish is pending.
     static let index = "smap:finish:pending"
 
-    /// The keys of a project, in the order of the scripts: hash, items that succeeded, items that failed, batches, pending
-    /// finish, index. All but the first and the last carry the whole main key as their hash tag.
+    /// The keys of a project, in the order of the scripts. All but the hash and the index carry the whole main key as their
+    /// hash tag.
     package static func keys(_ project: ProjectID) -> [String] {
         let main = "smap:proj:\(project.rawValue)"
-        return [main, "{\(main)}:ok", "{\(main)}:err", "{\(main)}:batches", "{\(main)}:finish", index]
+        return [main]
+            + ["ok", "err", "batches", "finish"].map { "{\(main)}:\($0)" } + [index]
+            + ["ok2", "err2"].map { "{\(main)}:\($0)" }
     }
 
     private func update(
-        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ deadline: ContinuousClock.Instant
+        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], layout: ProgressLayout? = nil,
+        _ deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        let reply = try await run(script, project, arguments, deadline)
-        guard case .array(let fields) = reply, fields.count == 7, let verdict = fields[0].text,
-            let status = fields[1].text, let total = fields[2].number, let done = fields[3].number,
-            let errors = fields[4].number, let sealed = fields[5].number, let finish = fields[6].text
-        else {
-            throw EventsError(
-                .protocolViolation, "an unexpected reply", operation: "\(script.name) \(project)")
+        let reply = try await run(script, project, arguments, layout, deadline)
+        guard case .array(let fields) = reply, fields.count >= 12, let verdict = fields[0].text,
+            let items = fields[1].text, let status = fields[2].text, let layout = fields[3].text,
+            let generation = fields[5].number, let finish = fields[6].text, let reason = fields[8].text
+        else { throw EventsError(.protocolViolation, "an unexpected reply", operation: "\(script.name) \(project)") }
+        let stages = stride(from: 9, to: fields.count - 2, by: 3).map { index in
+            ProjectProgress.Counters(
+                total: fields[index].number ?? 0, done: fields[index + 1].number ?? 0,
+                errors: fields[index + 2].number ?? 0)
         }
         return ProgressUpdate(
             verdict: ProgressUpdate.Verdict(verdict),
+            items: items.isEmpty ? [] : items.split(separator: ",").map { ProgressUpdate.Verdict(String($0)) },
             progress: ProjectProgress(
-                project: project, status: ProjectProgress.Status(status), total: total, done: done, errors: errors,
-                isSealed: sealed == 1, finishEventID: finish.isEmpty ? nil : try EventID(finish)))
+                project: project, status: ProjectProgress.Status(status), layout: ProgressLayout(layout),
+                stages: stages, isSealed: fields[4].number == 1, generation: generation,
+                finishEventID: finish.isEmpty ? nil : try EventID(finish), isCancelled: fields[7].number == 1,
+                reason: reason.isEmpty ? nil : reason))
     }
 
     private func run(
-        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ deadline: ContinuousClock.Instant
+        _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ layout: ProgressLayout?,
+        _ deadline: ContinuousClock.Instant
     ) async throws -> RedisReply {
         try await client.run(
-            script.source, keys: Self.keys(project), [timeToLive] + arguments, "\(script.name) \(project)", deadline)
+            script.source, keys: Self.keys(project),
+            [timeToLive, (layout ?? assumedLayout).rawValue] + arguments, "\(script.name) \(project)", deadline)
     }
 }

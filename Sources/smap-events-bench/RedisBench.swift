@@ -93,8 +93,9 @@ final class RawRedis: @unchecked Sendable {
         while answered < count {
             while sent < count, sent - answered < depth {
                 try append(
-                    ["EVALSHA", hash, "6"] + keys + [
-                        "604800", "evt_6f9c1b9e-6d0a-4a53-9f0b-0d7c2a1c9b11", project.rawValue, "i", String(sent), "s",
+                    ["EVALSHA", hash, String(keys.count)] + keys + [
+                        "604800", "flat", "evt_6f9c1b9e-6d0a-4a53-9f0b-0d7c2a1c9b11", project.rawValue, "", "", "i",
+                        "s\(sent)",
                     ])
                 sent += 1
             }

@@ -311,7 +311,7 @@ struct Choreography: Sendable {
             if counts.notified.load(ordering: .relaxed) > 0, handled >= items + doubled, observed >= published,
                 seen >= 2 * mails,
                 // The event may be seen before its publisher has cleared the finish: let it.
-                try await store.pendingFinish(of: project, deadline: .now + .seconds(10)) == nil
+                try await store.pendingFinishes(of: project, deadline: .now + .seconds(10)).isEmpty
             {
                 return
             }

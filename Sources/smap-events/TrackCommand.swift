@@ -8,7 +8,10 @@ struct TrackCommand: AsyncParsableCommand {
         commandName: "track",
         abstract: "Read and move the progress of a project.",
         discussion: "Every command prints the project's progress as a JSON object.",
-        subcommands: [Start.self, Expect.self, Seal.self, Advance.self, Fail.self, Show.self, Watch.self])
+        subcommands: [
+            Start.self, Restart.self, Expect.self, Seal.self, Advance.self, Fail.self, Cancel.self, Show.self,
+            Watch.self,
+        ])
 
     struct Project: ParsableArguments {
         @Argument(help: "The project's id.")
@@ -23,8 +26,21 @@ struct TrackCommand: AsyncParsableCommand {
         var done: Int
         var errors: Int
         var percent: Double
+        var generation: Int
+        var layout: String
+        /// By stage, in order; only where there are several.
+        var stages: [Stage]?
+        var cancelled: Bool?
+        var reason: String?
         var verdict: String?
         var finish_event_id: String?
+
+        struct Stage: Encodable {
+            var stage: String
+            var total: Int
+            var done: Int
+            var errors: Int
+        }
 
         init(_ progress: ProjectProgress, verdict: ProgressUpdate.Verdict? = nil) {
             project_id = progress.project.rawValue
@@ -33,6 +49,15 @@ struct TrackCommand: AsyncParsableCommand {
             done = progress.done
             errors = progress.errors
             percent = (progress.percent * 100).rounded() / 100
+            generation = progress.generation
+            layout = progress.layout.rawValue
+            if progress.layout == .stages {
+                stages = zip(ProgressStage.allCases, progress.stages).map {
+                    Stage(stage: $0.rawValue, total: $1.total, done: $1.done, errors: $1.errors)
+                }
+            }
+            cancelled = progress.isCancelled ? true : nil
+            reason = progress.reason
             self.verdict = verdict?.description
             finish_event_id = progress.finishEventID?.rawValue
         }
@@ -55,9 +80,28 @@ struct TrackCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Start a project; on one that exists, change nothing.")
         @OptionGroup var project: Project
+        @Option(help: "How its hash counts: flat, apart (errors not in done) or stages.") var layout = "flat"
+
+        func validate() throws {
+            guard ["flat", "apart", "stages"].contains(layout) else {
+                throw ValidationError("--layout is flat, apart or stages.")
+            }
+        }
 
         func run() async throws {
-            try await update(project) { try await $0.start($1) }
+            try await update(project) { try await $0.start($1, layout: ProgressLayout(layout)) }
+        }
+    }
+
+    struct Restart: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Start a project again that is done, failed or cancelled.",
+            discussion: "Nothing is counted then, and its next finish is an event of its own.")
+        @OptionGroup var project: Project
+        @Option(help: "The generation that is over, as show prints it.") var from: Int
+
+        func run() async throws {
+            try await update(project) { try await $0.restart($1, from: from) }
         }
     }
 
@@ -89,6 +133,16 @@ struct TrackCommand: AsyncParsableCommand {
         @Option(help: "The item, by position from 0.") var index: Int?
         @Option(help: "The item, by name.") var item: String?
         @Flag(help: "The item failed.") var failed = false
+        @Option(
+            help: "The stage, crawl or analyze, of a project that has stages.",
+            transform: { text in
+                guard let stage = ProgressStage(rawValue: text) else {
+                    throw ValidationError("--stage is crawl or analyze.")
+                }
+                return stage
+            })
+        var stage: ProgressStage?
+        @Option(help: "The project's generation that the item belongs to.") var generation: Int?
 
         func validate() throws {
             guard (index == nil) != (item == nil) else { throw ValidationError("Give either --index or --item.") }
@@ -97,7 +151,8 @@ struct TrackCommand: AsyncParsableCommand {
         func run() async throws {
             let reference = index.map { ItemReference.index($0) } ?? .named(item ?? "")
             try await update(project) {
-                try await $0.advance($1, item: reference, outcome: failed ? .failure : .success)
+                try await $0.advance(
+                    $1, item: reference, outcome: failed ? .failure : .success, stage: stage, generation: generation)
             }
         }
     }
@@ -105,9 +160,21 @@ struct TrackCommand: AsyncParsableCommand {
     struct Fail: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Mark a project as failed.")
         @OptionGroup var project: Project
+        @Option(help: "Why, for whoever asks.") var reason = ""
 
         func run() async throws {
-            try await update(project) { try await $0.fail($1) }
+            try await update(project) { try await $0.fail($1, reason: reason) }
+        }
+    }
+
+    struct Cancel: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Cancel a project. Sibling services see it as failed.")
+        @OptionGroup var project: Project
+        @Option(help: "Why, for whoever asks.") var reason = ""
+
+        func run() async throws {
+            try await update(project) { try await $0.cancel($1, reason: reason) }
         }
     }
 

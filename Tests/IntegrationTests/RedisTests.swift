@@ -83,7 +83,7 @@ import Testing
         try await tracker.advance(project, item: .named("y"), outcome: .success)
         #expect(try await tracker.seal(project).didFinish)
         #expect(try await redis("TTL", key) == "-1")
-        let finish = try #require(try await store.pendingFinish(of: project, deadline: .now + .seconds(5)))
+        let finish = try #require(try await store.pendingFinishes(of: project, deadline: .now + .seconds(5)).first)
         #expect(try await store.clear(finish, deadline: .now + .seconds(5)))
         #expect(try #require(Int(try await redis("TTL", key))) > 604_000)
         await store.close()
@@ -103,7 +103,7 @@ import Testing
         _ = try await redis("HSET", key, "status", "DONE")
         #expect(try await tracker.advance(project, item: .index(8), outcome: .success).verdict == .counted)
         await #expect(throws: EventsError.self) { try await tracker.seal(project, total: 3) }
-        #expect(try await store.pendingFinish(of: project, deadline: .now + .seconds(5)) == nil)
+        #expect(try await store.pendingFinishes(of: project, deadline: .now + .seconds(5)).isEmpty)
         await store.close()
     }
 

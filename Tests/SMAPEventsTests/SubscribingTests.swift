@@ -207,36 +207,36 @@ private let queue: QueueName = "test.queue"
             func health(deadline: ContinuousClock.Instant) async -> Health { Health() }
 
             let store: InMemoryProgressStore
+            typealias Instant = ContinuousClock.Instant
             func start(
-                _ p: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
-            ) async throws
-                -> ProgressUpdate
-            { throw Dies() }
-            func expect(
-                _ count: Int, of p: ProjectID, batch: String, deadline: ContinuousClock.Instant
-            ) async throws
-                -> ProgressUpdate
-            { throw Dies() }
-            func seal(
-                _ p: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
-            )
-                async throws -> ProgressUpdate
-            { throw Dies() }
-            func advance(
-                _ p: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
-                deadline: ContinuousClock.Instant
+                _ p: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: Instant
             ) async throws -> ProgressUpdate { throw Dies() }
-            func fail(_ p: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate { throw Dies() }
-            func progress(of p: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
-                throw Dies()
-            }
-            func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
+            func restart(
+                _ p: ProjectID, from generation: Int, finishEventID: EventID, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func expect(
+                _ count: Int, of p: ProjectID, batch: String, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func seal(
+                _ p: ProjectID, total: Int?, finishEventID: EventID, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func advance(
+                _ p: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func abandon(
+                _ p: ProjectID, isCancelled: Bool, reason: String, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func settle(
+                _ p: ProjectID, finishEventID: EventID, deadline: Instant
+            ) async throws -> ProgressUpdate { throw Dies() }
+            func progress(of p: ProjectID, deadline: Instant) async throws -> ProjectProgress? { throw Dies() }
+            func pendingFinishes(limit: Int, deadline: Instant) async throws -> [ProjectID] {
                 try await store.pendingFinishes(limit: limit, deadline: deadline)
             }
-            func pendingFinish(of p: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
-                throw Dies()
+            func pendingFinishes(of p: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
+                try await store.pendingFinishes(of: p, deadline: deadline)
             }
-            func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool { throw Dies() }
+            func clear(_ finish: PendingFinish, deadline: Instant) async throws -> Bool { throw Dies() }
         }
         try await withoutFinishLine { harness in
             try await bind(harness.broker)

@@ -93,7 +93,7 @@ public final class FinishLine: Service {
                 defer { projects = [] }
                 return projects
             }
-            for project in projects where !isStopping { await attempt { try await publishPending(of: project) } }
+            for project in projects where !isStopping { await attempt { _ = try await publishPending(of: project) } }
             if !isStopping, ContinuousClock.now - lastSweep >= configuration.interval * 0.75 {
                 await attempt { try await sweep() }
                 lastSweep = .now
@@ -101,19 +101,18 @@ public final class FinishLine: Service {
         }
     }
 
-    /// Publishes the finishes that are pending now, at most ``Configuration/batch`` of them, and returns how many.
+    /// Publishes the finishes that are pending now, of at most ``Configuration/batch`` projects, and returns how many.
     ///
     /// Throws the first error, after the others have been tried.
     @discardableResult
     public func sweep() async throws -> Int {
         var failure: (any Error)?
         var published = 0
-        let pending = try await store.pendingFinishes(
+        let projects = try await store.pendingFinishes(
             limit: configuration.batch, deadline: .now + configuration.deadline)
-        for finish in pending where !isStopping {
+        for project in projects where !isStopping {
             do {
-                try await publish(finish)
-                published += 1
+                published += try await publishPending(of: project)
             } catch is CancellationError {
                 throw CancellationError()
             } catch {
@@ -132,9 +131,11 @@ public final class FinishLine: Service {
 
     private var isStopping: Bool { Task.isShuttingDownGracefully }
 
-    private func publishPending(of project: ProjectID) async throws {
-        let deadline = ContinuousClock.now + configuration.deadline
-        if let finish = try await store.pendingFinish(of: project, deadline: deadline) { try await publish(finish) }
+    @discardableResult
+    private func publishPending(of project: ProjectID) async throws -> Int {
+        let finishes = try await store.pendingFinishes(of: project, deadline: .now + configuration.deadline)
+        for finish in finishes { try await publish(finish) }
+        return finishes.count
     }
 
     private func publish(_ finish: PendingFinish) async throws {

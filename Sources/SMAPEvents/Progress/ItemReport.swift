@@ -13,3 +13,34 @@ public enum ItemOutcome: Sendable, Hashable {
     /// It could not be handled. It counts in `done` and in `errors`.
     case failure
 }
+
+/// That an item has ended.
+public struct ItemReport: Sendable, Hashable {
+    /// Which item.
+    public let item: ItemReference
+    /// How it ended.
+    public let outcome: ItemOutcome
+
+    /// Reports an item.
+    public init(_ item: ItemReference, _ outcome: ItemOutcome) {
+        self.item = item
+        self.outcome = outcome
+    }
+}
+
+/// What a store is told about the end of items.
+public struct ItemReports: Sendable {
+    /// The items, all by index or all by name; one or more.
+    public let reports: [ItemReport]
+    /// The stage that they ended in; nil for the only one, or the first.
+    public let stage: ProgressStage?
+    /// The life of the project that they belong to; nil for whichever there is.
+    public let generation: Int?
+
+    /// Puts reports together.
+    public init(_ reports: [ItemReport], stage: ProgressStage? = nil, generation: Int? = nil) {
+        self.reports = reports
+        self.stage = stage
+        self.generation = generation
+    }
+}

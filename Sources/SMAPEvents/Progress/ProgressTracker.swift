@@ -26,8 +26,26 @@ public struct ProgressTracker: Sendable {
 
     /// Starts a project. On one that exists it changes nothing and says so (``ProgressUpdate/Verdict/exists``).
     @discardableResult
-    public func start(_ project: ProjectID) async throws -> ProgressUpdate {
-        try await run("start", project) { try await store.start(project, finishEventID: EventID(), deadline: $0) }
+    public func start(_ project: ProjectID, layout: ProgressLayout = .flat) async throws -> ProgressUpdate {
+        try await run("start", project) {
+            try await store.start(project, layout: layout, finishEventID: EventID(), deadline: $0)
+        }
+    }
+
+    /// Starts a project again that is done, failed or cancelled: with nothing counted, and a finish event of its own.
+    ///
+    /// Reports of the life before may still be under way: those that name their generation do not count in the new one.
+    /// Its pending finish is still published.
+    ///
+    /// - Parameter generation: The life that is over, as ``ProjectProgress/generation`` tells. Repeated, the restart changes
+    ///   nothing (``ProgressUpdate/Verdict/exists``).
+    /// - Throws: ``EventsError/Code/notFinished``, ``EventsError/Code/staleGeneration`` when it is further already,
+    ///   ``EventsError/Code/unknownProject``.
+    @discardableResult
+    public func restart(_ project: ProjectID, from generation: Int) async throws -> ProgressUpdate {
+        try await run("restart", project) {
+            try await store.restart(project, from: generation, finishEventID: EventID(), deadline: $0)
+        }
     }
 
     /// Adds `count` items to a project's total, once per batch key.
@@ -58,29 +76,81 @@ public struct ProgressTracker: Sendable {
 
     /// Reports how an item ended. It counts once; the verdict says what this report did.
     ///
-    /// - Throws: ``EventsError/Code/unknownProject`` when the project is not there: retry, the report may have overtaken
-    ///   the start. ``EventsError/Code/itemKindMismatch``, ``EventsError/Code/indexOutOfRange``.
+    /// - Parameters:
+    ///   - stage: Which stage of a project with the layout ``ProgressLayout/stages``; the first by default.
+    ///   - generation: The life of the project that the item belongs to; a report of an earlier one is
+    ///     ``ProgressUpdate/Verdict/stale``. By default it counts in whichever there is.
+    /// - Throws: ``EventsError/Code/unknownProject`` when the project is not there, or its generation: retry, the report
+    ///   may have overtaken the start. ``EventsError/Code/itemKindMismatch``, ``EventsError/Code/indexOutOfRange``,
+    ///   ``EventsError/Code/stageMismatch``.
     @discardableResult
-    public func advance(_ project: ProjectID, item: ItemReference, outcome: ItemOutcome) async throws -> ProgressUpdate
-    {
-        switch item {
-        case .index(let index):
-            guard (0...Self.maximumIndex).contains(index) else {
-                throw EventsError(
-                    .indexOutOfRange, "an item index is 0 to \(Self.maximumIndex)", operation: "advance \(project)")
+    public func advance(
+        _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, stage: ProgressStage? = nil,
+        generation: Int? = nil
+    ) async throws -> ProgressUpdate {
+        try await advance(project, [ItemReport(item, outcome)], stage: stage, generation: generation)
+    }
+
+    /// How many items one call takes at most: the store does nothing else meanwhile.
+    public static let maximumItems = 1_000
+
+    /// Reports how several items ended, all in one step of the store: as if one after the other, with nothing in between.
+    ///
+    /// - Parameter items: 1 to ``maximumItems``, all by index or all by name. The verdicts are in
+    ///   ``ProgressUpdate/items``. The rest is as for one item.
+    @discardableResult
+    public func advance(
+        _ project: ProjectID, _ items: [ItemReport], stage: ProgressStage? = nil, generation: Int? = nil
+    ) async throws -> ProgressUpdate {
+        try Self.require((1...Self.maximumItems).contains(items.count), "a call takes 1 to 1,000 items", "advance")
+        var isIndexed: Bool?
+        for report in items {
+            let isIndex: Bool
+            switch report.item {
+            case .index(let index):
+                isIndex = true
+                guard (0...Self.maximumIndex).contains(index) else {
+                    throw EventsError(
+                        .indexOutOfRange, "an item index is 0 to \(Self.maximumIndex)", operation: "advance \(project)")
+                }
+            case .named(let name):
+                isIndex = false
+                try Self.require((1...512).contains(name.utf8.count), "an item name has 1 to 512 bytes", "advance")
             }
-        case .named(let name):
-            try Self.require((1...512).contains(name.utf8.count), "an item name has 1 to 512 bytes", "advance")
+            guard isIndexed ?? isIndex == isIndex else {
+                throw EventsError(
+                    .itemKindMismatch, "items by index and by name in one call", operation: "advance \(project)")
+            }
+            isIndexed = isIndex
         }
+        let reports = ItemReports(items, stage: stage, generation: generation)
         return try await run("advance", project) {
-            try await store.advance(project, item: item, outcome: outcome, finishEventID: EventID(), deadline: $0)
+            try await store.advance(project, reports, finishEventID: EventID(), deadline: $0)
         }
     }
 
-    /// Marks a project as failed: it will not finish any more. Throws ``EventsError/Code/alreadyFinished``.
+    /// Marks a project as failed: it counts on, and will not finish any more. Repeated, it changes nothing.
+    ///
+    /// - Parameter reason: Why, for whoever asks; at most 1,000 bytes are kept.
+    /// - Throws: ``EventsError/Code/alreadyFinished`` when it is done or cancelled, ``EventsError/Code/unknownProject``.
     @discardableResult
-    public func fail(_ project: ProjectID) async throws -> ProgressUpdate {
-        try await run("fail", project) { try await store.fail(project, deadline: $0) }
+    public func fail(_ project: ProjectID, reason: String = "") async throws -> ProgressUpdate {
+        try await abandon("fail", project, isCancelled: false, reason)
+    }
+
+    /// Cancels a project, which siblings see as failed. Otherwise as ``fail(_:reason:)``.
+    @discardableResult
+    public func cancel(_ project: ProjectID, reason: String = "") async throws -> ProgressUpdate {
+        try await abandon("cancel", project, isCancelled: true, reason)
+    }
+
+    private func abandon(
+        _ operation: String, _ project: ProjectID, isCancelled: Bool, _ reason: String
+    ) async throws -> ProgressUpdate {
+        let kept = String(decoding: Array(reason.utf8.prefix(1_000)), as: UTF8.self)
+        return try await run(operation, project) {
+            try await store.abandon(project, isCancelled: isCancelled, reason: kept, deadline: $0)
+        }
     }
 
     /// A project's progress; nil if none is kept.
@@ -107,6 +177,11 @@ public struct ProgressTracker: Sendable {
             case .totalBelowDone: (.totalBelowDone, "the total is below the \(update.progress.done) items done")
             case .itemKindMismatch: (.itemKindMismatch, "its items are counted the other way, by index or by name")
             case .corrupt: (.corruptProgress, "a field of the hash is no number, or the hash is incomplete")
+            case .stageMismatch:
+                (.stageMismatch, "its layout is \(update.progress.layout): there is no such stage")
+            case .notFinished: (.notFinished, "it is \(update.progress.status) still: fail or cancel it first")
+            case .stale where operation == "restart":
+                (.staleGeneration, "it is in generation \(update.progress.generation) already")
             case .alreadyFinished where operation != "advance": (.alreadyFinished, "the project is over")
             default: nil
             }

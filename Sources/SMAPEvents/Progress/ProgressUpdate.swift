@@ -16,6 +16,12 @@ public struct ProgressUpdate: Sendable, Hashable {
         public static let expected = Verdict("expected")
         /// The total is final now.
         public static let sealed = Verdict("sealed")
+        /// A new life of the project has begun.
+        public static let restarted = Verdict("restarted")
+        /// The project has been cancelled.
+        public static let cancelled = Verdict("cancelled")
+        /// There was nothing to do.
+        public static let unchanged = Verdict("unchanged")
         /// The project has been marked as failed.
         public static let failed = Verdict("failed")
         /// The item counted.
@@ -34,6 +40,12 @@ public struct ProgressUpdate: Sendable, Hashable {
         public static let unexpectedItem = Verdict("unexpectedItem")
         /// The memory of counted items is gone while the counters are there; nothing moved.
         public static let memoryLost = Verdict("memoryLost")
+        /// The report belongs to an earlier life of the project; nothing moved.
+        public static let stale = Verdict("stale")
+        /// The project is not over yet, so it cannot be restarted.
+        public static let notFinished = Verdict("notFinished")
+        /// The project's layout has no such stage.
+        public static let stageMismatch = Verdict("stageMismatch")
         /// No progress is kept for the project; nothing was written.
         public static let unknownProject = Verdict("unknownProject")
         /// The total is final, so nothing can be expected any more.
@@ -46,14 +58,17 @@ public struct ProgressUpdate: Sendable, Hashable {
         public static let corrupt = Verdict("corrupt")
     }
 
-    /// What the operation did.
+    /// What the operation did. Of several items the verdict on the last one, unless one of them finished the project.
     public let verdict: Verdict
+    /// The verdict on each item, in their order; empty for other operations, and where all were refused together.
+    public let items: [Verdict]
     /// The project's progress after it.
     public let progress: ProjectProgress
 
     /// Reports an operation.
-    public init(verdict: Verdict, progress: ProjectProgress) {
+    public init(verdict: Verdict, items: [Verdict] = [], progress: ProjectProgress) {
         self.verdict = verdict
+        self.items = items
         self.progress = progress
     }
 

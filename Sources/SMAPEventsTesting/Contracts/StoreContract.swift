@@ -28,7 +28,7 @@ public enum StoreContract {
     }
 
     private static func pending(_ store: any ProgressStore, _ project: ProjectID) async throws -> PendingFinish? {
-        try await store.pendingFinish(of: project, deadline: .now + .seconds(10))
+        try await store.pendingFinishes(of: project, deadline: .now + .seconds(10)).last
     }
 
     private static func clear(_ store: any ProgressStore, _ finish: PendingFinish) async throws -> Bool {
@@ -174,7 +174,7 @@ public enum StoreContract {
                 text.hasPrefix("{\"total\":2,\"done\":2,\"errors\":1,\"duration_seconds\":"), "frozen: \(text)")
 
             let all = try await store.pendingFinishes(limit: 10_000, deadline: .now + .seconds(10))
-            try ContractViolation.equal(all.filter { $0.project == project }.count, 1, "found by a sweep")
+            try ContractViolation.equal(all.filter { $0 == project }.count, 1, "found by a sweep")
             let stranger = PendingFinish(
                 project: project, eventID: EventID(), data: finish.data, decidedAt: finish.decidedAt)
             try ContractViolation.equal(try await clear(store, stranger), false, "cleared under another id")
@@ -261,6 +261,124 @@ public enum StoreContract {
             try await tracker.start(project)
             try await tracker.seal(project, total: 0)
             try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.fail(project) }
+        },
+        Check("with errors apart a failed item moves errors alone, and the end is when both together reach the total") {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try ContractViolation.equal(
+                try await tracker.start(project, layout: .errorsApart).progress.layout, .errorsApart, "layout")
+            try await tracker.seal(project, total: 3)
+            try equal(
+                try await tracker.advance(project, item: .index(0), outcome: .failure), .counted, done: 1, errors: 1)
+            try equal(
+                try await tracker.advance(project, item: .index(1), outcome: .failure), .counted, done: 2, errors: 2)
+            try equal(
+                try await tracker.advance(project, item: .index(0), outcome: .success), .reclassified, done: 2,
+                errors: 1)
+            try equal(
+                try await tracker.advance(project, item: .index(2), outcome: .success), .finished, done: 3, errors: 1)
+        },
+        Check("with stages what was crawled is to be analysed, and the end is when both are settled") {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project, layout: .stages)
+            let expected = try await tracker.expect(3, of: project, batch: "all")
+            try ContractViolation.equal(expected.progress.status, .processing, "status")
+            try await tracker.advance(project, item: .index(0), outcome: .success)
+            try await tracker.advance(project, item: .index(0), outcome: .success, stage: .analyze)
+            try await tracker.advance(project, item: .index(1), outcome: .failure, stage: .crawl)
+            try await tracker.seal(project)
+            let crawled = try await tracker.advance(project, item: .index(2), outcome: .success, stage: .crawl)
+            try ContractViolation.equal(crawled.verdict, .counted, "the crawl is not the end")
+            try ContractViolation.equal(
+                crawled.progress.stages, [.init(total: 3, done: 3, errors: 1), .init(total: 2, done: 1, errors: 0)],
+                "stages")
+            try ContractViolation.equal(crawled.progress.percent, 75, "the mean of the stages")
+            let last = try await tracker.advance(project, item: .index(2), outcome: .failure, stage: .analyze)
+            try ContractViolation.require(last.didFinish, "the end: \(last.verdict)")
+            try ContractViolation.equal(
+                try await tracker.advance(project, item: .index(1), outcome: .success, stage: .analyze).verdict,
+                .unexpectedItem, "what was not crawled is not analysed")
+            let flat = try ProjectID("\(project)_flat")
+            try await tracker.start(flat)
+            try await ContractViolation.error(.stageMismatch) {
+                _ = try await tracker.advance(flat, item: .index(0), outcome: .success, stage: .analyze)
+            }
+        },
+        Check("a restart begins a new life with an id of its own, and the old one's reports and finish do not touch it")
+        {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try await ContractViolation.error(.unknownProject) { _ = try await tracker.restart(project, from: 1) }
+            try await tracker.start(project)
+            try await tracker.expect(2, of: project, batch: "a")
+            try await ContractViolation.error(.notFinished) { _ = try await tracker.restart(project, from: 1) }
+            try await tracker.advance(project, item: .index(0), outcome: .failure)
+            try await tracker.seal(project, total: 1)
+            let restarted = try await tracker.restart(project, from: 1)
+            try equal(restarted, .restarted, done: 0, errors: 0)
+            try ContractViolation.equal(restarted.progress.status, .initializing, "status")
+            try ContractViolation.equal(restarted.progress.generation, 2, "generation")
+            try ContractViolation.equal(try await tracker.restart(project, from: 1).verdict, .exists, "repeated")
+            try equal(
+                try await tracker.advance(project, item: .index(0), outcome: .success, generation: 1), .stale, done: 0,
+                errors: 0)
+            try await ContractViolation.error(.unknownProject) {
+                _ = try await tracker.advance(project, item: .index(0), outcome: .success, generation: 3)
+            }
+            try equal(
+                try await tracker.advance(project, item: .index(0), outcome: .success, generation: 2), .counted,
+                done: 1, errors: 0)
+            try ContractViolation.equal(
+                try await tracker.expect(1, of: project, batch: "a").verdict, .expected, "a batch of the new life")
+            try ContractViolation.require(try await tracker.seal(project).didFinish, "it finishes again")
+            let pending = try await store.pendingFinishes(of: project, deadline: .now + .seconds(10))
+            try ContractViolation.equal(pending.map(\.generation).sorted(), [1, 2], "both are pending")
+            try ContractViolation.equal(Set(pending.map(\.eventID)).count, 2, "ids")
+            for finish in pending { try ContractViolation.equal(try await clear(store, finish), true, "cleared") }
+            let swept = try await store.pendingFinishes(limit: 10_000, deadline: .now + .seconds(10))
+            try ContractViolation.require(!swept.contains(project), "nothing is pending any more")
+            try await tracker.restart(project, from: 2)
+            try await ContractViolation.error(.staleGeneration) { _ = try await tracker.restart(project, from: 1) }
+        },
+        Check("a project is failed or cancelled with a reason, once, and neither undoes the other") { store, project in
+            let tracker = ProgressTracker(store: store)
+            let other = try ProjectID("\(project)_other")
+            for id in [project, other] { try await tracker.start(id) }
+            try await tracker.fail(project, reason: "no disk")
+            let failed = try await tracker.fail(project, reason: "later")
+            try ContractViolation.equal(failed.progress.reason, "no disk", "the first reason")
+            try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.cancel(project) }
+            let cancelled = try await tracker.cancel(other, reason: "not wanted")
+            try ContractViolation.equal(cancelled.verdict, .cancelled, "verdict")
+            let read = try await tracker.progress(of: other)
+            try ContractViolation.equal(read?.isCancelled, true, "cancelled")
+            try ContractViolation.equal(read?.reason, "not wanted", "reason")
+            try ContractViolation.equal(read?.status, .failed, "what siblings see")
+            try await ContractViolation.error(.alreadyFinished) { _ = try await tracker.fail(other) }
+            try ContractViolation.equal(try await tracker.restart(other, from: 1).progress.reason, nil, "restarted")
+        },
+        Check("many items in one call are counted as if one after the other") { store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 3)
+            let first = try await tracker.advance(
+                project,
+                [.init(.named("a"), .failure), .init(.named("a"), .success), .init(.named("a"), .failure)])
+            try ContractViolation.equal(first.items, [.counted, .reclassified, .duplicate], "verdicts")
+            try equal(first, .duplicate, done: 1, errors: 0)
+            let last = try await tracker.advance(
+                project,
+                [.init(.named("b"), .success), .init(.named("c"), .failure), .init(.named("d"), .success)])
+            try ContractViolation.equal(last.items, [.counted, .finished, .unexpectedItem], "verdicts")
+            try equal(last, .finished, done: 3, errors: 1)
+            try await ContractViolation.error(.itemKindMismatch) {
+                _ = try await tracker.advance(project, [.init(.named("b"), .success), .init(.index(1), .success)])
+            }
+            for count in [0, 1_001] {
+                let reports = (0..<count).map { ItemReport(.named("\($0)"), .success) }
+                try await ContractViolation.error(.invalidName) { _ = try await tracker.advance(project, reports) }
+            }
         },
     ]
 }

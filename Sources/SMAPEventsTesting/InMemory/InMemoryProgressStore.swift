@@ -14,24 +14,37 @@ public final class InMemoryProgressStore: ProgressStore {
         case named(String)
     }
 
+    private struct Stage {
+        var counters = ProjectProgress.Counters(total: 0, done: 0, errors: 0)
+        /// What has been counted, and whether it succeeded.
+        var items: [Item: ItemOutcome] = [:]
+        var isSettled: Bool { counters.done >= counters.total }
+    }
+
     private struct Project {
+        let layout: ProgressLayout
+        var generation = 1
         var status = ProjectProgress.Status.initializing
-        var total = 0
-        var done = 0
-        var errors = 0
+        var stages: [Stage]
         var isSealed = false
         var isFinished = false
+        var isCancelled = false
+        var reason: String?
         let finishEventID: EventID
         let startedAt = Date()
         var batches: Set<String> = []
         var isIndexed: Bool?
-        /// What has been counted, and whether it succeeded.
-        var items: [Item: ItemOutcome] = [:]
+
+        init(_ layout: ProgressLayout, _ finishEventID: EventID) {
+            self.layout = layout
+            self.finishEventID = finishEventID
+            stages = layout.stages.map { _ in Stage() }
+        }
     }
 
     private struct State {
         var projects: [ProjectID: Project] = [:]
-        var pending: [ProjectID: PendingFinish] = [:]
+        var pending: [ProjectID: [PendingFinish]] = [:]
     }
 
     private let state = Mutex(State())
@@ -49,31 +62,44 @@ public final class InMemoryProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func start(
-        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
-    ) async throws
-        -> ProgressUpdate
-    {
+        _ project: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
         state.withLock { state in
             if let known = state.projects[project] { return Self.update(.exists, project, known) }
-            let new = Project(finishEventID: finishEventID)
+            let new = Project(layout, finishEventID)
             state.projects[project] = new
             return Self.update(.started, project, new)
         }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
+    public func restart(
+        _ project: ProjectID, from generation: Int, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        change(project) { entry, _ in
+            if entry.generation == generation + 1 { return .exists }
+            guard entry.generation == generation else {
+                return entry.generation > generation ? .stale : .unknownProject
+            }
+            guard entry.status == .done || entry.status == .failed else { return .notFinished }
+            var next = Project(entry.layout, finishEventID)
+            next.generation = generation + 1
+            entry = next
+            return .restarted
+        }
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
     public func expect(
         _ count: Int, of project: ProjectID, batch: String, deadline: ContinuousClock.Instant
-    )
-        async throws -> ProgressUpdate
-    {
+    ) async throws -> ProgressUpdate {
         change(project) { entry, _ in
             guard !entry.batches.contains(batch) else { return .duplicate }
             guard !entry.isFinished, entry.status != .failed else { return .alreadyFinished }
             guard !entry.isSealed else { return .alreadySealed }
             entry.batches.insert(batch)
-            entry.total += count
-            if entry.status == .initializing { entry.status = .crawling }
+            entry.stages[0].counters.total += count
+            if entry.status == .initializing { entry.status = entry.layout == .stages ? .processing : .crawling }
             return .expected
         }
     }
@@ -81,18 +107,16 @@ public final class InMemoryProgressStore: ProgressStore {
     /// See ``SMAPEvents/ProgressStore``.
     public func seal(
         _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: ContinuousClock.Instant
-    )
-        async throws -> ProgressUpdate
-    {
+    ) async throws -> ProgressUpdate {
         change(project) { entry, state in
-            let total = total ?? entry.total
+            let total = total ?? entry.stages[0].counters.total
             if entry.isFinished {
-                guard total == entry.total else { return .alreadyFinished }
-                return state.pending[project] == nil ? .duplicate : .finishPending
+                guard total == entry.stages[0].counters.total else { return .alreadyFinished }
+                return self.finished(project, entry, state) == .finishPending ? .finishPending : .duplicate
             }
             guard entry.status != .failed else { return .alreadyFinished }
-            guard total >= entry.done else { return .totalBelowDone }
-            entry.total = total
+            guard total >= entry.stages[0].counters.done else { return .totalBelowDone }
+            entry.stages[0].counters.total = total
             entry.isSealed = true
             entry.status = .processing
             return self.finishIfSettled(project, &entry, &state) ?? .sealed
@@ -101,43 +125,84 @@ public final class InMemoryProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func advance(
-        _ project: ProjectID, item: ItemReference, outcome: ItemOutcome, finishEventID: EventID,
-        deadline: ContinuousClock.Instant
+        _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        change(project) { entry, state in
-            let key: Item
-            switch item {
-            case .index(let index): key = .index(index)
-            case .named(let name): key = .named(name)
+        var verdicts: [ProgressUpdate.Verdict] = []
+        let update = change(project) { entry, state in
+            if let generation = items.generation, generation != entry.generation {
+                return generation < entry.generation ? .stale : .unknownProject
             }
-            let isIndexed = if case .index = item { true } else { false }
+            guard items.stage == nil || entry.layout == .stages else { return .stageMismatch }
+            let isIndexed = items.reports.contains { if case .index = $0.item { true } else { false } }
             guard entry.isIndexed ?? isIndexed == isIndexed else { return .itemKindMismatch }
-            if let known = entry.items[key] {
-                if known == .failure, outcome == .success {
-                    entry.items[key] = .success
-                    entry.errors -= 1
-                    return .reclassified
-                }
-                return entry.isFinished ? self.finished(project, state) : .duplicate
+            for report in items.reports {
+                verdicts.append(self.count(report, items.stage == .analyze, project, &entry, state))
             }
-            if entry.isSealed {
-                guard entry.done < entry.total else { return .unexpectedItem }
-                if case .index(let index) = item, index >= entry.total { return .unexpectedItem }
+            if let last = verdicts.lastIndex(of: .counted), let finish = self.finishIfSettled(project, &entry, &state) {
+                verdicts[last] = finish
+                return finish
             }
-            entry.isIndexed = isIndexed
-            entry.items[key] = outcome
-            entry.done += 1
-            if outcome == .failure { entry.errors += 1 }
-            return self.finishIfSettled(project, &entry, &state) ?? .counted
+            return verdicts.last ?? .unchanged
+        }
+        return ProgressUpdate(verdict: update.verdict, items: verdicts, progress: update.progress)
+    }
+
+    private func count(
+        _ report: ItemReport, _ isSecond: Bool, _ project: ProjectID, _ entry: inout Project, _ state: State
+    ) -> ProgressUpdate.Verdict {
+        let key: Item =
+            switch report.item {
+            case .index(let index): .index(index)
+            case .named(let name): .named(name)
+            }
+        let n = isSecond ? 1 : 0
+        // A crawled item is to be analysed.
+        func feed(_ entry: inout Project) {
+            if entry.layout == .stages, !isSecond, !entry.isFinished { entry.stages[1].counters.total += 1 }
+        }
+        if let known = entry.stages[n].items[key] {
+            guard known == .failure, report.outcome == .success else {
+                return entry.isFinished ? finished(project, entry, state) : .duplicate
+            }
+            entry.stages[n].items[key] = .success
+            entry.stages[n].counters.errors -= 1
+            feed(&entry)
+            return .reclassified
+        }
+        if entry.isSealed {
+            let crawl = entry.stages[0]
+            let limit = isSecond && !crawl.isSettled ? crawl.counters.total : entry.stages[n].counters.total
+            guard entry.stages[n].counters.done < limit else { return .unexpectedItem }
+            if case .index(let index) = key, index >= crawl.counters.total { return .unexpectedItem }
+        }
+        if case .index = key { entry.isIndexed = true } else { entry.isIndexed = false }
+        entry.stages[n].items[key] = report.outcome
+        entry.stages[n].counters.done += 1
+        if report.outcome == .failure { entry.stages[n].counters.errors += 1 } else { feed(&entry) }
+        return .counted
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func abandon(
+        _ project: ProjectID, isCancelled: Bool, reason: String, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        change(project) { entry, _ in
+            guard !entry.isFinished else { return .alreadyFinished }
+            if entry.status == .failed, entry.isCancelled != isCancelled { return .alreadyFinished }
+            if entry.status != .failed, !reason.isEmpty { entry.reason = reason }
+            entry.status = .failed
+            entry.isCancelled = isCancelled
+            return isCancelled ? .cancelled : .failed
         }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func fail(_ project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProgressUpdate {
-        change(project) { entry, _ in
-            guard !entry.isFinished else { return .alreadyFinished }
-            entry.status = .failed
-            return .failed
+    public func settle(
+        _ project: ProjectID, finishEventID: EventID, deadline: ContinuousClock.Instant
+    ) async throws -> ProgressUpdate {
+        change(project) { entry, state in
+            if entry.isFinished { return self.finished(project, entry, state) }
+            return self.finishIfSettled(project, &entry, &state) ?? .unchanged
         }
     }
 
@@ -147,20 +212,25 @@ public final class InMemoryProgressStore: ProgressStore {
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [PendingFinish] {
-        state.withLock { Array($0.pending.values.prefix(limit)) }
+    public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [ProjectID] {
+        state.withLock { Array($0.pending.keys.prefix(limit)) }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
-    public func pendingFinish(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> PendingFinish? {
-        state.withLock { $0.pending[project] }
+    public func pendingFinishes(
+        of project: ProjectID, deadline: ContinuousClock.Instant
+    ) async throws -> [PendingFinish] {
+        state.withLock { $0.pending[project] ?? [] }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
         state.withLock { state in
-            guard state.pending[finish.project]?.eventID == finish.eventID else { return false }
-            state.pending[finish.project] = nil
+            guard let index = state.pending[finish.project]?.firstIndex(where: { $0.eventID == finish.eventID }) else {
+                return false
+            }
+            state.pending[finish.project]?.remove(at: index)
+            if state.pending[finish.project]?.isEmpty == true { state.pending[finish.project] = nil }
             return true
         }
     }
@@ -171,7 +241,7 @@ public final class InMemoryProgressStore: ProgressStore {
         state.withLock { state in
             guard var entry = state.projects[project] else {
                 let nothing = ProjectProgress(
-                    project: project, status: ProjectProgress.Status(""), total: 0, done: 0, errors: 0, isSealed: false)
+                    project: project, status: ProjectProgress.Status(""), stages: [], isSealed: false)
                 return ProgressUpdate(verdict: .unknownProject, progress: nothing)
             }
             let verdict = body(&entry, &state)
@@ -180,22 +250,28 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
-    private func finished(_ project: ProjectID, _ state: State) -> ProgressUpdate.Verdict {
-        state.pending[project] == nil ? .alreadyFinished : .finishPending
+    private func finished(_ project: ProjectID, _ entry: Project, _ state: State) -> ProgressUpdate.Verdict {
+        let isPending = state.pending[project]?.contains { $0.eventID == entry.finishEventID } ?? false
+        return isPending ? .finishPending : .alreadyFinished
     }
 
     private func finishIfSettled(
         _ project: ProjectID, _ entry: inout Project, _ state: inout State
     ) -> ProgressUpdate.Verdict? {
-        guard entry.isSealed, entry.done >= entry.total, entry.status != .failed else { return nil }
+        guard entry.isSealed, !entry.isFinished, entry.status != .failed, entry.stages.allSatisfy(\.isSettled) else {
+            return nil
+        }
         entry.isFinished = true
         entry.status = .done
         let now = Date()
         let seconds = (now.timeIntervalSince(entry.startedAt) * 1000).rounded() / 1000
+        let sums = Self.progress(project, entry)
         let data =
-            "{\"total\":\(entry.total),\"done\":\(entry.done),\"errors\":\(entry.errors),\"duration_seconds\":\(seconds)}"
-        state.pending[project] = PendingFinish(
-            project: project, eventID: entry.finishEventID, data: Array(data.utf8), decidedAt: now)
+            "{\"total\":\(sums.total),\"done\":\(sums.done),\"errors\":\(sums.errors),\"duration_seconds\":\(seconds)}"
+        state.pending[project, default: []].append(
+            PendingFinish(
+                project: project, generation: entry.generation, eventID: entry.finishEventID, data: Array(data.utf8),
+                decidedAt: now))
         return .finished
     }
 
@@ -207,7 +283,9 @@ public final class InMemoryProgressStore: ProgressStore {
 
     private static func progress(_ project: ProjectID, _ entry: Project) -> ProjectProgress {
         ProjectProgress(
-            project: project, status: entry.status, total: entry.total, done: entry.done, errors: entry.errors,
-            isSealed: entry.isSealed, finishEventID: entry.isFinished ? entry.finishEventID : nil)
+            project: project, status: entry.status, layout: entry.layout, stages: entry.stages.map(\.counters),
+            isSealed: entry.isSealed, generation: entry.generation,
+            finishEventID: entry.isFinished ? entry.finishEventID : nil, isCancelled: entry.isCancelled,
+            reason: entry.reason)
     }
 }

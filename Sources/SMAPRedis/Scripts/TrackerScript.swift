@@ -14,12 +14,17 @@ package struct TrackerScript: Sendable {
     }
 
     /// What every script needs: the fields of the hash, checked, and the answer.
+    ///
+    /// KEYS: hash, items that succeeded, items that failed, batches, pending finishes, index of projects with such, and the
+    /// two kinds of items of the second stage. ARGV: time to live, layout of a hash that does not tell its own.
     private static let prelude = """
-        local main, ok, err, batches, pending, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+        local main, batches, pending, index = KEYS[1], KEYS[4], KEYS[5], KEYS[6]
 
-        local h = redis.call('HMGET', main, 'status', 'total', 'done', 'errors', '_sealed', '_finished', '_finish_id',
-            '_kind', '_items', '_started_ms', '_gen')
-        local status, sealed, finished, finish_id, kind = h[1], h[5] == '1', h[6] == '1', h[7], h[8]
+        local h = redis.call('HMGET', main, 'status', 'total', 'done', 'errors', '_layout', '_sealed', '_finished',
+            '_finish_id', '_kind', '_started_ms', '_gen', '_reason', '_cancelled', '_items', '_failed', 'crawl_total')
+        local status, finished, finish_id, kind = h[1], h[7] == '1', h[8], h[9]
+        -- What a sibling calls this is sealed too.
+        local sealed = h[6] == '1' or status == 'PROCESSING_WAIT'
 
         -- Siblings leave out counters that are zero; anything but digits is junk.
         local function number(text)
@@ -27,180 +32,323 @@ package struct TrackerScript: Sendable {
           if #text > 15 or not string.match(text, '^%d+$') then return nil end
           return tonumber(text)
         end
-        local total, done, errors, items = number(h[2]), number(h[3]), number(h[4]), number(h[9])
+        local function whole(n) return string.format('%.0f', n) end
 
-        local function reply(verdict)
-          return {verdict, status or '', total or 0, done or 0, errors or 0, sealed and 1 or 0,
-            finished and finish_id or ''}
+        -- The stages: `remembered` items, `lapsed` ones of these remembered as failed.
+        local layout, stages = h[5] or (h[16] and 'stages') or ARGV[2], nil
+        if layout == 'stages' then
+          local m = redis.call('HMGET', main, 'crawl_done', 'crawl_errors', 'analyze_total', 'analyze_done',
+            'analyze_errors', '_items2', '_failed2')
+          stages = {
+            {prefix = 'crawl_', suffix = '', ok = KEYS[2], err = KEYS[3], total = number(h[16]), done = number(m[1]),
+              errors = number(m[2]), remembered = number(h[14]), lapsed = number(h[15])},
+            {prefix = 'analyze_', suffix = '2', ok = KEYS[7], err = KEYS[8], total = number(m[3]),
+              done = number(m[4]), errors = number(m[5]), remembered = number(m[6]), lapsed = number(m[7])}}
+        else
+          stages = {{prefix = '', suffix = '', ok = KEYS[2], err = KEYS[3], total = number(h[2]), done = number(h[3]),
+            errors = number(h[4]), remembered = number(h[14]), lapsed = number(h[15])}}
         end
-        local missing = not status and not h[2] and not h[3] and not h[4]
-        local corrupt = not missing and (not status or not total or not done or not errors or not items)
+        local first, apart, generation = stages[1], layout ~= 'flat', number(h[11] or '1')
+        local missing = not status and not h[2] and not h[3] and not h[4] and not h[16]
+        local corrupt = not missing and (not status or not generation
+          or (layout ~= 'flat' and layout ~= 'apart' and layout ~= 'stages'))
+        for _, s in ipairs(stages) do
+          corrupt = corrupt or not (s.total and s.done and s.errors and s.remembered and s.lapsed)
+        end
+
+        local function settled(s) return apart and s.done + s.errors or s.done end
+
+        local function percent()
+          local sum = 0
+          for _, s in ipairs(stages) do
+            if s.total > 0 then sum = sum + math.min(1, settled(s) / s.total) end
+          end
+          return math.floor(sum * 100 / #stages)
+        end
+        local known = not missing and not corrupt
+        local old_status, old_percent = status, known and percent()
+
+        -- Watchers are told of a new status and of each percent. A user without the permission to tell them is no
+        -- reason to leave a script half done.
+        local function reply(verdict, items)
+          if known and (status ~= old_status or percent() ~= old_percent) then
+            redis.pcall('PUBLISH', '{' .. main .. '}:progress', status)
+          end
+          local answer = {verdict, items or '', status or '', layout, sealed and 1 or 0, generation or 0,
+            finished and finish_id or '', h[13] == '1' and 1 or 0, h[12] or ''}
+          for _, s in ipairs(stages) do
+            answer[#answer + 1] = s.total or 0
+            answer[#answer + 1] = s.done and s.errors and settled(s) or 0
+            answer[#answer + 1] = s.errors or 0
+          end
+          return answer
+        end
 
         -- Every update keeps the family for another while; a pending finish keeps it until it is published.
         local function touch(ttl)
-          if finished and redis.call('EXISTS', pending) == 1 then return end
+          if (finished or generation > 1) and redis.call('EXISTS', pending) == 1 then return end
           redis.call('EXPIRE', main, ttl)
-          redis.call('EXPIRE', ok, ttl)
-          redis.call('EXPIRE', err, ttl)
           redis.call('EXPIRE', batches, ttl)
+          for _, s in ipairs(stages) do
+            redis.call('EXPIRE', s.ok, ttl)
+            redis.call('EXPIRE', s.err, ttl)
+          end
         end
 
-        local function over()
-          return redis.call('EXISTS', pending) == 1 and 'finishPending' or 'alreadyFinished'
-        end
+        local function is_pending() return finish_id and redis.call('HEXISTS', pending, finish_id) == 1 end
+        local function over() return is_pending() and 'finishPending' or 'alreadyFinished' end
 
         -- A sibling that has set DONE has finished the project in its own way: there is no second finish.
         local function may_finish()
-          return sealed and done >= total and not finished and status ~= 'DONE' and status ~= 'FAILED'
+          if not sealed or finished or status == 'DONE' or status == 'FAILED' then return false end
+          for _, s in ipairs(stages) do
+            if settled(s) < s.total then return false end
+          end
+          return true
         end
 
         -- Fails on keys of another type before anything is written.
         local function check_finish_keys(project)
-          redis.call('HGET', pending, 'event_id')
+          redis.call('HLEN', pending)
           redis.call('SISMEMBER', index, project)
         end
 
-        local function finish(project, candidate)
+        local function now_ms()
           local time = redis.call('TIME')
-          local now = time[1] * 1000 + math.floor(time[2] / 1000)
-          local seconds = (now - (tonumber(h[10] or '') or now)) / 1000
-          finished, status, finish_id = true, 'DONE', finish_id or candidate
-          redis.call('HSET', main, 'status', 'DONE', '_finished', '1', '_finish_id', finish_id)
-          redis.call('HSET', pending, 'event_id', finish_id, 'generation', h[11] or '1', 'decided_ms',
-            string.format('%.0f', now), 'data', string.format(
-              '{"total":%.0f,"done":%.0f,"errors":%.0f,"duration_seconds":%.3f}', total, done, errors, seconds))
-          redis.call('SADD', index, project)
-          redis.call('PERSIST', main)
-          redis.call('PERSIST', ok)
-          redis.call('PERSIST', err)
-          redis.call('PERSIST', batches)
-          return reply('finished')
+          return time[1] * 1000 + math.floor(time[2] / 1000)
         end
 
-        local function whole(n) return string.format('%.0f', n) end
+        local function finish(project, candidate, items)
+          local now = now_ms()
+          local seconds = (now - (tonumber(h[10] or '') or now)) / 1000
+          local total, done, errors = 0, 0, 0
+          for _, s in ipairs(stages) do
+            total, done, errors = total + s.total, done + settled(s), errors + s.errors
+          end
+          finished, status, finish_id = true, 'DONE', finish_id or candidate
+          redis.call('HSET', main, 'status', 'DONE', '_finished', '1', '_finish_id', finish_id)
+          redis.call('HSET', pending, finish_id, whole(generation) .. ' ' .. whole(now) .. ' ' .. string.format(
+              '{"total":%.0f,"done":%.0f,"errors":%.0f,"duration_seconds":%.3f}', total, done, errors, seconds))
+          redis.call('SADD', index, project)
+          for _, key in ipairs(KEYS) do
+            if key ~= index then redis.call('PERSIST', key) end
+          end
+          return reply('finished', items)
+        end
 
 
         """
 
-    /// ARGV: time to live, finish event id.
+    /// ARGV: time to live, layout, finish event id.
     static let start = TrackerScript(
         "start",
         """
         if corrupt then return reply('corrupt') end
         if not missing then return reply('exists') end
-        local time = redis.call('TIME')
         -- What an earlier life of this project has left behind must not count in this one.
-        redis.call('DEL', ok, err, batches)
-        status, total, done, errors = 'INITIALIZING', 0, 0, 0
-        redis.call('HSET', main, 'status', status, 'total', '0', 'done', '0', 'errors', '0', '_layout', 'flat',
-          '_gen', '1', '_finish_id', ARGV[2], '_started_ms', whole(time[1] * 1000 + math.floor(time[2] / 1000)))
+        redis.call('DEL', KEYS[2], KEYS[3], batches, KEYS[7], KEYS[8])
+        status = 'INITIALIZING'
+        redis.call('HSET', main, 'status', status, '_layout', layout, '_gen', '1', '_finish_id', ARGV[3],
+          '_started_ms', whole(now_ms()))
+        for _, s in ipairs(stages) do
+          redis.call('HSET', main, s.prefix .. 'total', '0', s.prefix .. 'done', '0', s.prefix .. 'errors', '0')
+        end
         redis.call('EXPIRE', main, ARGV[1])
         return reply('started')
         """)
 
-    /// ARGV: time to live, count, batch.
+    /// ARGV: time to live, layout, finish event id, the generation before.
+    static let restart = TrackerScript(
+        "restart",
+        """
+        if missing then return reply('unknownProject') end
+        if corrupt then return reply('corrupt') end
+        local from = tonumber(ARGV[4])
+        if generation == from + 1 then return reply('exists') end
+        if generation ~= from then return reply(generation > from and 'stale' or 'unknownProject') end
+        if not finished and status ~= 'DONE' and status ~= 'FAILED' then return reply('notFinished') end
+        redis.call('HLEN', pending)
+        redis.call('DEL', KEYS[2], KEYS[3], batches, KEYS[7], KEYS[8])
+        redis.call('HDEL', main, '_sealed', '_finished', '_kind', '_items', '_failed', '_items2', '_failed2',
+          '_reason', '_cancelled')
+        generation, status, sealed, finished, finish_id = generation + 1, 'INITIALIZING', false, false, ARGV[3]
+        h[12], h[13] = false, false
+        redis.call('HSET', main, 'status', status, '_layout', layout, '_gen', whole(generation), '_finish_id', finish_id,
+          '_started_ms', whole(now_ms()))
+        for _, s in ipairs(stages) do
+          s.total, s.done, s.errors = 0, 0, 0
+          redis.call('HSET', main, s.prefix .. 'total', '0', s.prefix .. 'done', '0', s.prefix .. 'errors', '0')
+        end
+        touch(ARGV[1])
+        return reply('restarted')
+        """)
+
+    /// ARGV: time to live, layout, count, batch.
     static let expect = TrackerScript(
         "expect",
         """
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
-        if redis.call('SISMEMBER', batches, ARGV[3]) == 1 then return reply('duplicate') end
+        if redis.call('SISMEMBER', batches, ARGV[4]) == 1 then return reply('duplicate') end
         if finished or status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
         if sealed then return reply('alreadySealed') end
-        local sum = total + tonumber(ARGV[2])
+        local sum = first.total + tonumber(ARGV[3])
         if sum > 999999999999999 then return redis.error_reply('ERR the total has more than 15 digits') end
-        total = sum
-        redis.call('SADD', batches, ARGV[3])
-        redis.call('HSET', main, 'total', whole(total))
+        first.total = sum
+        redis.call('SADD', batches, ARGV[4])
+        redis.call('HSET', main, first.prefix .. 'total', whole(sum))
         if status == 'INITIALIZING' then
-          status = 'CRAWLING'
+          status = layout == 'stages' and 'PROCESSING' or 'CRAWLING'
           redis.call('HSET', main, 'status', status)
         end
         touch(ARGV[1])
         return reply('expected')
         """)
 
-    /// ARGV: time to live, finish event id, project, total or nothing.
+    /// ARGV: time to live, layout, finish event id, project, total or nothing.
     static let seal = TrackerScript(
         "seal",
         """
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
-        local final = ARGV[4] == '' and total or tonumber(ARGV[4])
+        local final = ARGV[5] == '' and first.total or tonumber(ARGV[5])
         if finished then
-          if final ~= total then return reply('alreadyFinished') end
-          return reply(redis.call('EXISTS', pending) == 1 and 'finishPending' or 'duplicate')
+          if final ~= first.total then return reply('alreadyFinished') end
+          return reply(is_pending() and 'finishPending' or 'duplicate')
         end
         if status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
-        if final < done then return reply('totalBelowDone') end
-        check_finish_keys(ARGV[3])
-        total, sealed, status = final, true, 'PROCESSING'
-        redis.call('HSET', main, 'total', whole(total), '_sealed', '1', 'status', status)
-        if may_finish() then return finish(ARGV[3], ARGV[2]) end
+        if final < settled(first) then return reply('totalBelowDone') end
+        check_finish_keys(ARGV[4])
+        first.total, sealed, status = final, true, 'PROCESSING'
+        redis.call('HSET', main, first.prefix .. 'total', whole(final), '_sealed', '1', 'status', status)
+        if may_finish() then return finish(ARGV[4], ARGV[3]) end
         touch(ARGV[1])
         return reply('sealed')
         """)
 
-    /// ARGV: time to live, finish event id, project, kind (`i` or `n`), item, outcome (`s` or `f`).
+    /// ARGV: time to live, layout, finish event id, project, generation or nothing, stage or nothing, kind (`i` or `n`),
+    /// then the items, each after its outcome (`s` or `f`).
     package static let advance = TrackerScript(
         "advance",
         """
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
-        local is_index, item, failed = ARGV[4] == 'i', ARGV[5], ARGV[6] == 'f'
-        if kind and kind ~= ARGV[4] then return reply('itemKindMismatch') end
+        local asked = tonumber(ARGV[5])
+        -- A later generation than there is: the report has overtaken the restart.
+        if asked and asked ~= generation then return reply(asked < generation and 'stale' or 'unknownProject') end
+        local is_second = ARGV[6] == 'analyze'
+        if ARGV[6] ~= '' and layout ~= 'stages' then return reply('stageMismatch') end
+        local s, is_index = stages[is_second and 2 or 1], ARGV[7] == 'i'
+        if kind and kind ~= ARGV[7] then return reply('itemKindMismatch') end
 
-        local was_ok, was_err
-        if is_index then
-          was_ok, was_err = redis.call('GETBIT', ok, item) == 1, redis.call('GETBIT', err, item) == 1
-        else
-          was_ok, was_err = redis.call('SISMEMBER', ok, item) == 1, redis.call('SISMEMBER', err, item) == 1
-        end
-        local function remember(key, flag)
+        local get, lost = is_index and 'GETBIT' or 'SISMEMBER', false
+        if s.remembered > s.lapsed then lost = redis.call('EXISTS', s.ok) == 0 end
+        if s.lapsed > 0 then lost = lost or redis.call('EXISTS', s.err) == 0 end
+        if sealed then check_finish_keys(ARGV[4]) end
+
+        local function remember(key, item, flag)
           if is_index then
             redis.call('SETBIT', key, item, flag and 1 or 0)
           else
             redis.call(flag and 'SADD' or 'SREM', key, item)
           end
         end
+        local function has_room(item)
+          if not sealed then return true end
+          local limit = s.total
+          -- What is being crawled still adds to what is to be analysed, and may be analysed before that is known.
+          if is_second and settled(first) < first.total then limit = first.total end
+          return settled(s) < limit and (not is_index or tonumber(item) < first.total)
+        end
 
-        if was_ok or was_err then
-          if was_err and not was_ok and not failed then
-            remember(ok, true)
-            remember(err, false)
-            if errors > 0 then errors = redis.call('HINCRBY', main, 'errors', -1) end
-            touch(ARGV[1])
-            return reply('reclassified')
+        local moved = {}
+        local function move(field, n) moved[field] = (moved[field] or 0) + n end
+        local function count(n) s.done = s.done + n; move(s.prefix .. 'done', n) end
+        local function fail(n) s.errors = s.errors + n; move(s.prefix .. 'errors', n) end
+        local function succeed()
+          count(1)
+          if layout == 'stages' and not is_second and not finished then
+            stages[2].total = stages[2].total + 1
+            move('analyze_total', 1)
           end
-          return reply(finished and over() or 'duplicate')
         end
-        if items > 0 and redis.call('EXISTS', ok, err) == 0 then return reply('memoryLost') end
-        if sealed and (done >= total or (is_index and tonumber(item) >= total)) then
-          return reply('unexpectedItem')
+        local verdicts, last = {}, nil
+        for i = 8, #ARGV do
+          local failed, item = string.sub(ARGV[i], 1, 1) == 'f', string.sub(ARGV[i], 2)
+          local was_ok, was_err = redis.call(get, s.ok, item) == 1, redis.call(get, s.err, item) == 1
+          local verdict
+          if was_err and not was_ok and not failed then
+            remember(s.ok, item, true)
+            remember(s.err, item, false)
+            move('_failed' .. s.suffix, -1)
+            -- Not where a sibling has taken the error back already.
+            if s.errors > 0 then
+              fail(-1)
+              if apart then succeed() end
+            end
+            verdict = 'reclassified'
+          elseif was_ok or was_err then
+            verdict = finished and over() or 'duplicate'
+          elseif lost then
+            verdict = 'memoryLost'
+          elseif not has_room(item) then
+            verdict = 'unexpectedItem'
+          else
+            remember(failed and s.err or s.ok, item, true)
+            move('_items' .. s.suffix, 1)
+            if failed then
+              move('_failed' .. s.suffix, 1)
+              fail(1)
+              if not apart then count(1) end
+            else
+              succeed()
+            end
+            verdict, last = 'counted', #verdicts + 1
+          end
+          verdicts[#verdicts + 1] = verdict
         end
-        if sealed and done + 1 >= total then check_finish_keys(ARGV[3]) end
 
-        remember(failed and err or ok, true)
-        done = redis.call('HINCRBY', main, 'done', 1)
-        if failed then errors = redis.call('HINCRBY', main, 'errors', 1) end
-        redis.call('HINCRBY', main, '_items', 1)
-        if not kind then redis.call('HSET', main, '_kind', ARGV[4]) end
-        if may_finish() then return finish(ARGV[3], ARGV[2]) end
-        touch(ARGV[1])
-        return reply('counted')
+        if next(moved) then
+          for field, n in pairs(moved) do
+            if n ~= 0 then redis.call('HINCRBY', main, field, n) end
+          end
+          if last and not kind then redis.call('HSET', main, '_kind', ARGV[7]) end
+          if last and may_finish() then
+            verdicts[last] = 'finished'
+            return finish(ARGV[4], ARGV[3], table.concat(verdicts, ','))
+          end
+          touch(ARGV[1])
+        end
+        return reply(verdicts[#verdicts], table.concat(verdicts, ','))
         """)
 
-    /// ARGV: time to live.
-    static let fail = TrackerScript(
-        "fail",
+    /// ARGV: time to live, layout, `failed` or `cancelled`, reason.
+    static let abandon = TrackerScript(
+        "abandon",
         """
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
         if finished or status == 'DONE' then return reply('alreadyFinished') end
+        local is_cancel = ARGV[3] == 'cancelled'
+        if status == 'FAILED' then return reply((h[13] == '1') == is_cancel and ARGV[3] or 'alreadyFinished') end
         status = 'FAILED'
-        redis.call('HSET', main, 'status', status)
+        h[12], h[13] = ARGV[4], is_cancel and '1' or '0'
+        redis.call('HSET', main, 'status', status, '_reason', ARGV[4], '_cancelled', h[13])
         touch(ARGV[1])
-        return reply('failed')
+        return reply(ARGV[3])
+        """)
+
+    /// ARGV: time to live, layout, finish event id, project.
+    static let settle = TrackerScript(
+        "settle",
+        """
+        if missing then return reply('unknownProject') end
+        if corrupt then return reply('corrupt') end
+        if may_finish() then
+          check_finish_keys(ARGV[4])
+          return finish(ARGV[4], ARGV[3])
+        end
+        return reply(finished and over() or 'unchanged')
         """)
 
     static let progress = TrackerScript(
@@ -208,17 +356,18 @@ package struct TrackerScript: Sendable {
         """
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
-        return reply('counted')
+        return reply('unchanged')
         """)
 
-    /// ARGV: time to live, event id, project. Gives memory back, so it is allowed when there is none.
+    /// ARGV: time to live, layout, event id, project. Gives memory back, so it is allowed when there is none.
     static let clear = TrackerScript(
         "clear", flags: "allow-oom",
         """
-        if redis.call('HGET', pending, 'event_id') ~= ARGV[2] then return 0 end
-        redis.call('DEL', pending)
-        redis.call('SREM', index, ARGV[3])
-        touch(ARGV[1])
-        return 1
+        local was = redis.call('HDEL', pending, ARGV[3])
+        if redis.call('EXISTS', pending) == 0 then
+          redis.call('SREM', index, ARGV[4])
+          if was == 1 and known then touch(ARGV[1]) end
+        end
+        return was
         """)
 }
