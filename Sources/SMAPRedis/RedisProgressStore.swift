@@ -159,6 +159,50 @@ public final class RedisProgressStore: ProgressStore {
         return reply.number == 1
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
+    public func projects(after cursor: String?, deadline: ContinuousClock.Instant) async throws -> ProjectPage {
+        let reply = try await client.command(
+            ["SCAN", cursor ?? "0", "MATCH", "*smap:proj:*", "COUNT", "200"], "list projects", deadline)
+        guard case .array(let parts) = reply, parts.count == 2, let next = parts[0].text,
+            case .array(let keys) = parts[1]
+        else { throw EventsError(.protocolViolation, "an unexpected reply", operation: "list projects") }
+        let projects = keys.compactMap { key -> ProjectID? in
+            guard var name = key.text?[...] else { return nil }
+            // A key of a family carries the hash's key in braces.
+            if name.hasPrefix("{"), let end = name.firstIndex(of: "}") {
+                name = name[name.index(after: name.startIndex)..<end]
+            }
+            guard name.hasPrefix("smap:proj:") else { return nil }
+            return try? ProjectID(String(name.dropFirst("smap:proj:".count)))
+        }
+        return ProjectPage(projects: Array(Set(projects)), next: next == "0" ? nil : next)
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func inspect(
+        _ project: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: ContinuousClock.Instant
+    ) async throws -> ProjectFindings {
+        let reply: RedisReply
+        do {
+            reply = try await run(
+                .inspect, project, [finishEventID.rawValue, project.rawValue, isDryRun ? "1" : ""], nil, deadline)
+        } catch let error as EventsError where error.code == .corruptProgress {
+            return ProjectFindings(findings: [.corrupt], mended: [], progress: nil, idle: nil)
+        }
+        guard case .array(let parts) = reply, parts.count == 4, let found = parts[0].text, let mended = parts[1].text,
+            let left = parts[2].number
+        else { throw EventsError(.protocolViolation, "an unexpected reply", operation: "inspect \(project)") }
+        func findings(_ text: String) -> [ProjectFindings.Finding] {
+            text.split(separator: ",").map { ProjectFindings.Finding(String($0)) }
+        }
+        let update = try self.update(from: parts[3], .inspect, project)
+        let isThere = update.verdict != .unknownProject && update.verdict != .corrupt
+        let life = Int(timeToLive) ?? 0
+        return ProjectFindings(
+            findings: findings(found), mended: findings(mended), progress: isThere ? update.progress : nil,
+            idle: isThere && left >= 0 ? .seconds(max(0, life - left)) : nil)
+    }
+
     // MARK: Scripts
 
     /// The index of projects whose finish is pending.
@@ -177,7 +221,12 @@ public final class RedisProgressStore: ProgressStore {
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], layout: ProgressLayout? = nil,
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        let reply = try await run(script, project, arguments, layout, deadline)
+        try update(from: try await run(script, project, arguments, layout, deadline), script, project)
+    }
+
+    private func update(
+        from reply: RedisReply, _ script: TrackerScript, _ project: ProjectID
+    ) throws -> ProgressUpdate {
         guard case .array(let fields) = reply, fields.count >= 12, let verdict = fields[0].text,
             let items = fields[1].text, let status = fields[2].text, let layout = fields[3].text,
             let generation = fields[5].number, let finish = fields[6].text, let reason = fields[8].text

@@ -10,7 +10,7 @@ struct TrackCommand: AsyncParsableCommand {
         discussion: "Every command prints the project's progress as a JSON object.",
         subcommands: [
             Start.self, Restart.self, Expect.self, Seal.self, Advance.self, Fail.self, Cancel.self, Show.self,
-            Watch.self,
+            Watch.self, Reconcile.self,
         ])
 
     struct Project: ParsableArguments {
@@ -242,6 +242,67 @@ struct TrackCommand: AsyncParsableCommand {
                 }
                 // The interval between two looks is what was asked for.
                 try await Task.sleep(for: seconds(interval))
+            }
+        }
+    }
+
+    struct Reconcile: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Find what is wrong with a project or with all, and mend what is safe.",
+            discussion: """
+                Prints a JSON line for each project where something was found: its findings, and which of them were mended \
+                (with --dry-run: would be). pastTheLine is finished, noTimeToLive and itemsWithoutProject get a time to \
+                live; finishPending is for a running finish line to publish; memoryLost, corrupt and stuck are for people. \
+                Exits with 1 if anything is left for people.
+                """)
+        @Argument(help: "The project's id.") var id: String?
+        @Flag(help: "All projects.") var all = false
+        @Flag(help: "Mend nothing.") var dryRun = false
+        @Option(help: "After how many hours without an update a project is stuck.") var stuckAfter: Double = 24
+
+        struct Line: Encodable {
+            var project_id: String
+            var findings: [String]
+            var mended: [String]
+            var status: String?
+            var idle_seconds: Int64?
+        }
+
+        func validate() throws {
+            guard (id == nil) == all else { throw ValidationError("Give either a project or --all.") }
+            guard stuckAfter > 0, stuckAfter <= 100_000 else { throw ValidationError("--stuck-after is above 0.") }
+        }
+
+        func run() async throws {
+            try await Console.reporting {
+                let isClean = try await RedisProgressStore.withStore(configuration: Settings.redis()) { store in
+                    let tracker = ProgressTracker(store: store)
+                    var isClean = true
+                    func tell(_ project: ProjectID, _ found: ProjectFindings) throws {
+                        let unmended: Set<ProjectFindings.Finding> = [.memoryLost, .corrupt, .stuck]
+                        if !unmended.isDisjoint(with: found.findings) { isClean = false }
+                        Console.line(
+                            try Console.json(
+                                Line(
+                                    project_id: project.rawValue, findings: found.findings.map(\.description),
+                                    mended: found.mended.map(\.description), status: found.progress?.status.rawValue,
+                                    idle_seconds: found.idle?.components.seconds)))
+                    }
+                    if let id {
+                        let project = try ProjectID(id)
+                        let found = try await tracker.reconcile(
+                            project, stuckAfter: seconds(stuckAfter * 3600), isDryRun: dryRun)
+                        if found.progress == nil, found.findings.isEmpty {
+                            throw TrackCommand.unknown(project, "reconcile")
+                        }
+                        try tell(project, found)
+                    } else {
+                        try await tracker.reconcileAll(
+                            stuckAfter: seconds(stuckAfter * 3600), isDryRun: dryRun, tell)
+                    }
+                    return isClean
+                }
+                if !isClean { throw ExitCode(1) }
             }
         }
     }

@@ -236,6 +236,12 @@ private let queue: QueueName = "test.queue"
             func pendingFinishes(of p: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
                 try await store.pendingFinishes(of: p, deadline: deadline)
             }
+            func projects(after cursor: String?, deadline: Instant) async throws -> ProjectPage {
+                ProjectPage(projects: [], next: nil)
+            }
+            func inspect(
+                _ p: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: Instant
+            ) async throws -> ProjectFindings { throw Dies() }
             func clear(_ finish: PendingFinish, deadline: Instant) async throws -> Bool { throw Dies() }
         }
         try await withoutFinishLine { harness in

@@ -14,7 +14,8 @@ internal import Foundation
 /// confirm. So the event is published at least once, always under the id that was stored, whoever dies in between.
 ///
 /// It publishes finishes that are announced by a ``ProgressTracker`` of this process at once, and finds all others by
-/// sweeping the store at start and every few seconds. Any number of instances may run.
+/// sweeping the store at start and every few seconds: what a dead process left, and projects that a sibling has moved past
+/// their line. While the broker or the store is away the sweeps become rarer. Any number of instances may run.
 public final class FinishLine: Service {
     /// How a finish line works.
     public struct Configuration: Sendable {
@@ -24,6 +25,8 @@ public final class FinishLine: Service {
         public var batch: Int
         /// How long each publish and store operation may take, 10 s by default.
         public var deadline: Duration
+        /// How far apart sweeps are at most while they fail, a minute by default; they double up to that.
+        public var longestInterval: Duration = .seconds(60)
         /// Whether a finish stays pending until some queue receives it. On by default.
         public var requireRoute: Bool
 
@@ -43,6 +46,9 @@ public final class FinishLine: Service {
     private let publisher: any EventPublishing
     private let configuration: Configuration
     private let logger: Logger
+    private let onPublished: (@Sendable (PendingFinish) async -> Void)?
+    /// Where the look at all projects goes on.
+    private let cursor = Mutex<String?>(nil)
 
     /// Projects announced and not published yet. Bounded: what does not fit, the sweep finds.
     private let announced = Mutex<Set<ProjectID>>([])
@@ -50,10 +56,14 @@ public final class FinishLine: Service {
     private let wake: AsyncStream<Void>.Continuation
 
     /// Makes a finish line; ``run()`` starts it.
+    ///
+    /// - Parameter onPublished: Told of each finish whose event this instance has published and cleared; the next one waits
+    ///   until it returns. For what must happen although this process dies, subscribe to `job.completed` instead.
     public init(
         store: any ProgressStore, publisher: any EventPublishing, configuration: Configuration = Configuration(),
-        logger: Logger = .silent
+        logger: Logger = .silent, onPublished: (@Sendable (PendingFinish) async -> Void)? = nil
     ) {
+        self.onPublished = onPublished
         self.store = store
         self.publisher = publisher
         self.configuration = configuration
@@ -86,26 +96,39 @@ public final class FinishLine: Service {
     }
 
     private func publishUntilStopped() async {
-        await attempt { try await sweep() }
+        var failures = await attempt { try await sweep() } ? 0 : 1
         var lastSweep = ContinuousClock.now
         for await _ in wakeups {
             let projects = announced.withLock { projects in
                 defer { projects = [] }
                 return projects
             }
-            for project in projects where !isStopping { await attempt { _ = try await publishPending(of: project) } }
-            if !isStopping, ContinuousClock.now - lastSweep >= configuration.interval * 0.75 {
-                await attempt { try await sweep() }
+            // While it fails, one sweep is enough to find out when that is over.
+            if failures == 0 {
+                for project in projects where !isStopping {
+                    guard await attempt({ _ = try await publishPending(of: project) }) else {
+                        failures = 1
+                        break
+                    }
+                }
+            }
+            let pause = min(configuration.interval * (1 << min(failures, 16)), configuration.longestInterval)
+            let next = failures == 0 ? configuration.interval * 0.75 : max(pause, configuration.interval) * 0.75
+            if !isStopping, ContinuousClock.now - lastSweep >= next {
+                failures = await attempt { try await sweep() } ? 0 : failures + 1
                 lastSweep = .now
             }
         }
     }
 
-    /// Publishes the finishes that are pending now, of at most ``Configuration/batch`` projects, and returns how many.
+    /// Publishes the finishes that are pending now, of at most ``Configuration/batch`` projects, and returns how many; and
+    /// looks at a page of all projects for those that a sibling has moved past their line.
     ///
-    /// Throws the first error, after the others have been tried.
+    /// Throws the first error. Errors of one project do not keep it from the others; when the broker or the store cannot be
+    /// reached it ends at once.
     @discardableResult
     public func sweep() async throws -> Int {
+        try await settlePage()
         var failure: (any Error)?
         var published = 0
         let projects = try await store.pendingFinishes(
@@ -113,14 +136,32 @@ public final class FinishLine: Service {
         for project in projects where !isStopping {
             do {
                 published += try await publishPending(of: project)
-            } catch is CancellationError {
-                throw CancellationError()
-            } catch {
+            } catch let error as EventsError where Self.isAboutOne.contains(error.code) {
                 failure = failure ?? error
             }
         }
         if let failure { throw failure }
         return published
+    }
+
+    /// Errors of one project, that say nothing of the others.
+    private static let isAboutOne: Set<EventsError.Code> = [
+        .unroutable, .nacked, .corruptProgress, .invalidEvent, .invalidName, .eventTooLarge,
+    ]
+
+    private func settlePage() async throws {
+        let page = try await store.projects(
+            after: cursor.withLock { $0 }, deadline: .now + configuration.deadline)
+        for project in page.projects where !isStopping {
+            do {
+                _ = try await store.settle(
+                    project, finishEventID: EventID(), deadline: .now + configuration.deadline)
+            } catch let error as EventsError where Self.isAboutOne.contains(error.code) {
+                // Not ours, or damaged: `track reconcile` tells.
+                logger.debug("a project cannot be looked at", metadata: ["project": "\(project)"])
+            }
+        }
+        cursor.withLock { $0 = page.next }
     }
 
     /// Called by a tracker whose operation finished a project.
@@ -144,16 +185,20 @@ public final class FinishLine: Service {
             requireRoute: configuration.requireRoute)
         let event = UntypedEvent(routingKey: JobCompleted.routingKey, data: finish.data, projectID: finish.project)
         try await publisher.publish(event, options: options)
-        _ = try await store.clear(finish, deadline: .now + configuration.deadline)
+        if try await store.clear(finish, deadline: .now + configuration.deadline) { await onPublished?(finish) }
     }
 
-    private func attempt(_ body: () async throws -> Void) async {
+    /// Whether it went well.
+    private func attempt(_ body: () async throws -> Void) async -> Bool {
         do {
             try await body()
+            return true
         } catch is CancellationError {
+            return true
         } catch {
             let reason = (error as? EventsError)?.description ?? "\(type(of: error))"
             logger.warning("a finish stays pending", metadata: ["reason": "\(reason)"])
+            return (error as? EventsError).map { Self.isAboutOne.contains($0.code) } ?? false
         }
     }
 }

@@ -158,6 +158,44 @@ public struct ProgressTracker: Sendable {
         try await store.progress(of: project, deadline: .now + deadline)
     }
 
+    /// Looks for what is wrong with a project, and mends what can be mended without losing anything.
+    ///
+    /// - Parameters:
+    ///   - limit: Projects that are not over and were last updated longer ago are ``ProjectFindings/Finding/stuck``.
+    ///   - isDryRun: Whether nothing is mended.
+    public func reconcile(
+        _ project: ProjectID, stuckAfter limit: Duration = .seconds(86_400), isDryRun: Bool = false
+    ) async throws -> ProjectFindings {
+        var found = try await store.inspect(
+            project, finishEventID: EventID(), isDryRun: isDryRun, deadline: .now + deadline)
+        if let progress = found.progress, !progress.isOver, let idle = found.idle, idle > limit {
+            found.findings.append(.stuck)
+        }
+        if found.mended.contains(.pastTheLine), !isDryRun { finishLine?.announce(project) }
+        return found
+    }
+
+    /// Does that to every project of the store, one after the other, and tells of those where something was found.
+    ///
+    /// - Returns: How many projects were looked at.
+    @discardableResult
+    public func reconcileAll(
+        stuckAfter limit: Duration = .seconds(86_400), isDryRun: Bool = false,
+        _ tell: (ProjectID, ProjectFindings) async throws -> Void
+    ) async throws -> Int {
+        var seen: Set<ProjectID> = []
+        var cursor: String?
+        repeat {
+            let page = try await store.projects(after: cursor, deadline: .now + deadline)
+            for project in page.projects where seen.insert(project).inserted {
+                let found = try await reconcile(project, stuckAfter: limit, isDryRun: isDryRun)
+                if !found.findings.isEmpty { try await tell(project, found) }
+            }
+            cursor = page.next
+        } while cursor != nil
+        return seen.count
+    }
+
     private static let totals = 0...1_000_000_000_000
 
     private static func require(_ condition: Bool, _ rule: String, _ operation: String) throws {

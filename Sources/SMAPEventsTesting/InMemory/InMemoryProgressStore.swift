@@ -235,6 +235,22 @@ public final class InMemoryProgressStore: ProgressStore {
         }
     }
 
+    /// See ``SMAPEvents/ProgressStore``.
+    public func projects(after cursor: String?, deadline: ContinuousClock.Instant) async throws -> ProjectPage {
+        state.withLock { ProjectPage(projects: Array($0.projects.keys), next: nil) }
+    }
+
+    /// See ``SMAPEvents/ProgressStore``. There are no siblings here, so nothing but a pending finish can be found.
+    public func inspect(
+        _ project: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: ContinuousClock.Instant
+    ) async throws -> ProjectFindings {
+        state.withLock { state in
+            ProjectFindings(
+                findings: state.pending[project] == nil ? [] : [.finishPending], mended: [],
+                progress: state.projects[project].map { Self.progress(project, $0) }, idle: nil)
+        }
+    }
+
     private func change(
         _ project: ProjectID, _ body: (inout Project, inout State) -> ProgressUpdate.Verdict
     ) -> ProgressUpdate {

@@ -244,7 +244,7 @@ package struct TrackerScript: Sendable {
         local get, lost = is_index and 'GETBIT' or 'SISMEMBER', false
         if s.remembered > s.lapsed then lost = redis.call('EXISTS', s.ok) == 0 end
         if s.lapsed > 0 then lost = lost or redis.call('EXISTS', s.err) == 0 end
-        if sealed then check_finish_keys(ARGV[4]) end
+        if sealed and settled(s) + #ARGV - 7 >= s.total then check_finish_keys(ARGV[4]) end
 
         local function remember(key, item, flag)
           if is_index then
@@ -349,6 +349,61 @@ package struct TrackerScript: Sendable {
           return finish(ARGV[4], ARGV[3])
         end
         return reply(finished and over() or 'unchanged')
+        """)
+
+    /// ARGV: time to live, layout, finish event id, project, anything for a dry run. Answers with what was found, what of it
+    /// is mended, the seconds that the hash has left, and as the others do.
+    static let inspect = TrackerScript(
+        "inspect",
+        """
+        local is_dry, found, mended = ARGV[5] ~= '', {}, {}
+        local function find(name, mend)
+          found[#found + 1] = name
+          if mend then
+            mended[#mended + 1] = name
+            if not is_dry then mend() end
+          end
+        end
+        local function answer(verdict)
+          return {table.concat(found, ','), table.concat(mended, ','), redis.call('TTL', main), reply(verdict)}
+        end
+        local is_waiting = redis.call('EXISTS', pending) == 1
+        check_finish_keys(ARGV[4])
+        local rest = {KEYS[2], KEYS[3], batches, KEYS[7], KEYS[8]}
+        if missing then
+          if is_waiting then find('finishPending') end
+          local kept = {}
+          for _, key in ipairs(rest) do
+            if redis.call('TTL', key) == -1 then kept[#kept + 1] = key end
+          end
+          -- After a pending finish they go with it.
+          if not is_waiting and redis.call('EXISTS', unpack(rest)) > 0 then
+            find('itemsWithoutProject', function()
+              for _, key in ipairs(kept) do redis.call('EXPIRE', key, ARGV[1]) end
+            end)
+          end
+          return answer('unknownProject')
+        end
+        if corrupt then
+          find('corrupt')
+          return answer('corrupt')
+        end
+        for _, s in ipairs(stages) do
+          if (s.remembered > s.lapsed and redis.call('EXISTS', s.ok) == 0)
+            or (s.lapsed > 0 and redis.call('EXISTS', s.err) == 0) then
+            find('memoryLost')
+            break
+          end
+        end
+        if may_finish() then
+          find('pastTheLine', function() finish(ARGV[4], ARGV[3]) end)
+        else
+          if is_waiting then find('finishPending') end
+          if not is_waiting and redis.call('TTL', main) == -1 then
+            find('noTimeToLive', function() touch(ARGV[1]) end)
+          end
+        end
+        return answer('unchanged')
         """)
 
     static let progress = TrackerScript(

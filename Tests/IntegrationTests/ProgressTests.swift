@@ -1,0 +1,200 @@
+import Foundation
+import SMAPEvents
+import SMAPEventsTesting
+import SMAPRedis
+import Synchronization
+import Testing
+
+/// The tracker beside siblings, and what looks at all projects: each test in a Redis database of its own.
+@Suite(.timeLimit(.minutes(2))) struct ProgressTests {
+    private func withStore(
+        _ database: Int,
+        _ body: (RedisProgressStore, _ redis: @Sendable (String...) async throws -> String) async throws
+            -> Void
+    ) async throws {
+        let port = try await SharedStack.current.redisPort
+        let redis: @Sendable (String...) async throws -> String = { (arguments: String...) in
+            let result = try await Program.run("redis-cli", ["-p", "\(port)", "-n", "\(database)"] + arguments)
+            return result.output.trimmingCharacters(in: .whitespacesAndNewlines)
+        }
+        try await RedisProgressStore.withStore(
+            configuration: RedisConfiguration(host: "127.0.0.1", port: port, database: database)
+        ) { try await body($0, redis) }
+    }
+
+    /// A publisher that only remembers what it was given.
+    private final class Ledger: EventPublishing {
+        let events = Mutex<[(project: ProjectID?, id: EventID?)]>([])
+        let isDown = Mutex(false)
+        let attempts = Mutex(0)
+
+        func declareExchanges() async throws {}
+        func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
+            throw EventsError(.invalidEvent, "not here", operation: "publish")
+        }
+        func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
+            attempts.withLock { $0 += 1 }
+            if isDown.withLock({ $0 }) { throw EventsError(.unsent, "the broker is away", operation: "publish") }
+            events.withLock { $0.append((event.projectID, options.eventID)) }
+            return PublishReceipt(eventID: options.eventID ?? EventID(), routingKey: event.routingKey, legs: [])
+        }
+    }
+
+    @Test func `a sibling in Python counts on the same hash: no count is lost, and there is one finish`() async throws {
+        try await withStore(4) { store, redis in
+            let tracker = ProgressTracker(store: store)
+            let project = try ProjectID("mixed_\(EventID())")
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 500)
+            let port = try await SharedStack.current.redisPort
+            let finishes = try await withThrowingTaskGroup(of: Int.self) { group in
+                group.addTask {
+                    let sibling = try await Program.run(
+                        Program.python, [Program.script("sibling"), "\(port)", "4", "\(project)", "180", "20", "500"])
+                    #expect(sibling.status == 0, "\(sibling.error)")
+                    return 0
+                }
+                for start in 0..<3 {
+                    group.addTask {
+                        var finishes = 0
+                        for index in stride(from: start, to: 300, by: 3) {
+                            let outcome: ItemOutcome = index % 10 == 0 ? .failure : .success
+                            let update = try await tracker.advance(project, item: .index(index), outcome: outcome)
+                            if update.didFinish { finishes += 1 }
+                        }
+                        return finishes
+                    }
+                }
+                return try await group.reduce(0, +)
+            }
+            let before = try #require(try await tracker.progress(of: project))
+            #expect(before.done == 500 && before.errors == 50 && before.total == 500)
+            // Whoever was last: if that was the sibling, a sweep finds it.
+            let ledger = Ledger()
+            let finishLine = FinishLine(store: store, publisher: ledger)
+            try await finishLine.sweep()
+            try await finishLine.sweep()
+            #expect(finishes <= 1)
+            let ids = ledger.events.withLock { $0.filter { $0.project == project }.compactMap(\.id) }
+            #expect(Set(ids).count == 1 && ids.count == 1, "one event")
+            #expect(try await redis("HGET", "smap:proj:\(project)", "status") == "DONE")
+            #expect(try await redis("GET", "smap:proj:\(project):user") == "somebody")
+        }
+    }
+
+    @Test func `a project that a sibling moved past its line is finished by a sweep`() async throws {
+        try await withStore(5) { store, redis in
+            let tracker = ProgressTracker(store: store)
+            let ledger = Ledger()
+            let told = Locked<[ProjectID]>([])
+            let finishLine = FinishLine(store: store, publisher: ledger) { finish in
+                told.withLock { $0.append(finish.project) }
+            }
+            let (flat, staged) = (try ProjectID("past_flat"), try ProjectID("past_staged"))
+            try await tracker.start(flat)
+            try await tracker.seal(flat, total: 2)
+            _ = try await redis(
+                "HSET", "smap:proj:\(staged)", "status", "PROCESSING_WAIT", "crawl_total", "2", "crawl_done", "2",
+                "analyze_total", "2", "analyze_done", "1", "analyze_errors", "1")
+            #expect(try await tracker.progress(of: staged)?.layout == .stages)
+            #expect(try await finishLine.sweep() == 1)
+            _ = try await redis("HINCRBY", "smap:proj:\(flat)", "done", "2")
+            #expect(try await finishLine.sweep() == 1)
+            #expect(try await finishLine.sweep() == 0)
+            #expect(ledger.events.withLock { $0.map(\.project) } == [staged, flat])
+            #expect(told.withLock { $0 } == [staged, flat])
+            #expect(try await tracker.progress(of: flat)?.status == .done)
+        }
+    }
+
+    @Test func `reconcile finds what is wrong, mends what is safe, and says so`() async throws {
+        try await withStore(6) { store, redis in
+            let tracker = ProgressTracker(store: store)
+            func project(_ name: String, total: Int) async throws -> ProjectID {
+                let id = try ProjectID(name)
+                try await tracker.start(id)
+                try await tracker.advance(id, item: .index(0), outcome: .success)
+                try await tracker.seal(id, total: total)
+                return id
+            }
+            let past = try await project("past", total: 3)
+            _ = try await redis("HINCRBY", "smap:proj:past", "done", "2")
+            let pending = try await project("pending", total: 1)
+            let eternal = try await project("eternal", total: 2)
+            _ = try await redis("PERSIST", "smap:proj:eternal")
+            let lost = try await project("lost", total: 2)
+            _ = try await redis("DEL", "{smap:proj:lost}:ok")
+            let orphan = try await project("orphan", total: 2)
+            _ = try await redis("DEL", "smap:proj:orphan")
+            _ = try await redis("PERSIST", "{smap:proj:orphan}:ok")
+            let junk = try await project("junk", total: 2)
+            _ = try await redis("HSET", "smap:proj:junk", "total", "many")
+            let string = try ProjectID("string")
+            _ = try await redis("SET", "smap:proj:string", "text")
+            _ = try await redis("SET", "smap:proj:past:user", "not a project")
+            _ = try await project("fine", total: 2)
+            let stuck = try await project("stuck", total: 2)
+            _ = try await redis("EXPIRE", "smap:proj:stuck", "10000")
+
+            func all(isDryRun: Bool) async throws -> [ProjectID: ProjectFindings] {
+                var found: [ProjectID: ProjectFindings] = [:]
+                let count = try await tracker.reconcileAll(isDryRun: isDryRun) { found[$0] = $1 }
+                #expect(count == 9)
+                return found
+            }
+            let expected: [ProjectID: [ProjectFindings.Finding]] = [
+                past: [.pastTheLine], pending: [.finishPending], eternal: [.noTimeToLive], lost: [.memoryLost],
+                orphan: [.itemsWithoutProject], junk: [.corrupt], string: [.corrupt], stuck: [.stuck],
+            ]
+            for _ in 1...2 {
+                let dry = try await all(isDryRun: true)
+                #expect(dry.mapValues(\.findings) == expected)
+            }
+            #expect(try await redis("TTL", "smap:proj:eternal") == "-1", "a dry run changes nothing")
+            let mended = try await all(isDryRun: false)
+            #expect(mended.mapValues(\.findings) == expected)
+            #expect(
+                mended.filter { !$0.value.mended.isEmpty }.keys.sorted { "\($0)" < "\($1)" } == [eternal, orphan, past])
+            #expect(try #require(Int(try await redis("TTL", "smap:proj:eternal"))) > 600_000)
+            #expect(try #require(Int(try await redis("TTL", "{smap:proj:orphan}:ok"))) > 600_000)
+            var left = expected
+            left[past] = [.finishPending]
+            left[eternal] = nil
+            #expect(try await all(isDryRun: false).mapValues(\.findings) == left)
+            #expect(try await store.pendingFinishes(of: past, deadline: .now + .seconds(5)).count == 1)
+        }
+    }
+
+    @Test func `while the broker is away sweeps become rarer, and what is pending goes out when it is back`()
+        async throws
+    {
+        try await withStore(7) { store, _ in
+            let ledger = Ledger()
+            ledger.isDown.withLock { $0 = true }
+            var configuration = FinishLine.Configuration(interval: .milliseconds(20))
+            configuration.longestInterval = .milliseconds(400)
+            let finishLine = FinishLine(store: store, publisher: ledger, configuration: configuration)
+            let tracker = ProgressTracker(store: store, finishLine: finishLine)
+            for name in ["a", "b", "c"] {
+                let id = try ProjectID(name)
+                try await tracker.start(id)
+                try await tracker.seal(id, total: 0)
+            }
+            try await withThrowingTaskGroup { group in
+                group.addTask { await finishLine.run() }
+                defer { group.cancelAll() }
+                let start = ContinuousClock.now
+                try await eventually("six attempts") { ledger.attempts.withLock { $0 } >= 6 }
+                // 20, 40, 80, 160, 320 ms, less a quarter, lie between six attempts; without a back-off 100 ms do.
+                #expect(ContinuousClock.now - start > .milliseconds(300))
+                ledger.isDown.withLock { $0 = false }
+                try await eventually("all go out") { ledger.events.withLock { $0.count } == 3 }
+                // And no longer: what is decided now goes out at once.
+                let id = try ProjectID("d")
+                try await tracker.start(id)
+                try await tracker.seal(id, total: 0)
+                try await eventually("the fourth") { ledger.events.withLock { $0.count } == 4 }
+            }
+        }
+    }
+}
