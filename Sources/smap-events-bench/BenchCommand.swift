@@ -16,7 +16,9 @@ struct BenchCommand: AsyncParsableCommand {
             CPU time per message. Build it with -c release. It starts private servers, unless RABBITMQ_URL \
             (REDIS_HOST for 'track') names others.
             """,
-        subcommands: [Publish.self, Consume.self, Track.self, SoakCommand.self, WorkerCommand.self])
+        subcommands: [
+            Publish.self, Consume.self, Track.self, SoakCommand.self, WorkerCommand.self, CounterCommand.self,
+        ])
 
     struct Options: ParsableArguments {
         @Option(help: "Messages (or items) per run.")
