@@ -65,6 +65,8 @@ struct CounterCommand: AsyncParsableCommand {
         case afterScript = "after-script"
         /// It has decided the finish, and nobody has been told.
         case decided
+        /// The finish is about to be published.
+        case unpublished
         /// The event is in its queue, and nobody has learned of the confirm.
         case published
         /// Confirmed, and not cleared.
@@ -98,6 +100,7 @@ struct CounterCommand: AsyncParsableCommand {
         }
 
         func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
+            fate.die(at: .unpublished)
             let receipt = try await publisher.publish(event, options: options)
             fate.die(at: .published)
             return receipt

@@ -20,7 +20,7 @@ import Testing
         var errors: Int
     }
 
-    private static let points = ["before-script", "after-script", "decided", "published", "confirmed"]
+    private static let points = ["before-script", "after-script", "decided", "unpublished", "published", "confirmed"]
 
     /// Servers of its own: its workers' finish lines sweep whatever there is.
     @Test(.timeLimit(.minutes(5)))
