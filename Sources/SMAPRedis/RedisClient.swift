@@ -12,12 +12,16 @@ final class RedisClient: Sendable {
     }
 
     private let configuration: RedisConfiguration
+    private let onMessage: (@Sendable (String) -> Void)?
     private let slot = Mutex(Slot.idle)
     /// The hashes under which the server knows the scripts, by their texts; it tells them when they are loaded.
     private let hashes = Mutex<[String: String]>([:])
 
     /// Throws `invalidConfiguration`.
-    init(_ configuration: RedisConfiguration) throws {
+    /// - Parameter onMessage: Told of the channel of each message that comes by subscription; nothing else is to be sent
+    ///   then but subscriptions, one channel each.
+    init(_ configuration: RedisConfiguration, onMessage: (@Sendable (String) -> Void)? = nil) throws {
+        self.onMessage = onMessage
         try configuration.validate()
         self.configuration = configuration
     }
@@ -90,7 +94,7 @@ final class RedisClient: Sendable {
             case .connection(let connection) where !connection.isClosed: return connection
             case .closed: throw EventsError(.closed, "the store is closed", operation: operation)
             case .idle, .connection:
-                let connection = try RedisConnection(configuration)
+                let connection = try RedisConnection(configuration, onMessage: onMessage)
                 slot = .connection(connection)
                 return connection
             }

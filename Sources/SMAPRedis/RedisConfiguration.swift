@@ -22,6 +22,8 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     /// How long a project's keys live after its last update, 604,800 s (a week) by default. Whole seconds.
     public var timeToLive: Duration = .seconds(604_800)
 
+    /// How often a watched project is looked at although no message about it has come, 2 s by default.
+    public var watchInterval: Duration = .seconds(2)
     /// How hashes are read that siblings have started, who do not write down their layout: flat by default. Those with
     /// stages are recognised.
     public var assumedLayout: ProgressLayout = .flat

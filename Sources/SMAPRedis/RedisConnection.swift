@@ -9,9 +9,12 @@ final class RedisConnection: Sendable {
     private let closed = Atomic<Bool>(false)
     // Set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
+    /// Told of the channel of each message that comes by subscription.
+    private let onMessage: (@Sendable (String) -> Void)?
 
     /// Starts connecting. Commands wait until that is done, or fail with it.
-    init(_ configuration: RedisConfiguration) throws {
+    init(_ configuration: RedisConfiguration, onMessage: (@Sendable (String) -> Void)? = nil) throws {
+        self.onMessage = onMessage
         self.configuration = configuration
         self.pipeline = Mutex(RedisPipeline(limit: configuration.maximumInFlight))
         let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
@@ -85,7 +88,17 @@ final class RedisConnection: Sendable {
         pipeline.withLock { $0.takeUnsent(into: &buffer) }
     }
 
-    func replied(_ replies: [RedisReply]) -> Bool {
+    func replied(_ all: [RedisReply]) -> Bool {
+        var replies = all
+        if let onMessage {
+            replies = all.filter { reply in
+                guard case .array(let parts) = reply, parts.count == 3, parts[0].text == "message",
+                    let channel = parts[1].text
+                else { return true }
+                onMessage(channel)
+                return false
+            }
+        }
         let (answers, isExpected) = pipeline.withLock { pipeline in
             var answers = RedisPipeline.Answers()
             let isExpected = pipeline.replied(replies, &answers)

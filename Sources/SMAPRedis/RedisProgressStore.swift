@@ -1,4 +1,5 @@
 public import SMAPEvents
+internal import Synchronization
 
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
@@ -13,18 +14,57 @@ internal import Foundation
 /// is lost, whatever was under way ends with a retriable error, and the next call connects again.
 public final class RedisProgressStore: ProgressStore {
     private let client: RedisClient
+    /// A connection of its own: one that subscribes can do nothing else. Opened by the first who watches.
+    private let subscriptions: RedisClient
+    private let hub: ProgressHub
     private let timeToLive: String
     private let assumedLayout: ProgressLayout
 
     /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RedisConfiguration) throws {
-        client = try RedisClient(configuration)
-        timeToLive = String(configuration.timeToLive.components.seconds)
-        assumedLayout = configuration.assumedLayout
+        let client = try RedisClient(configuration)
+        let timeToLive = String(configuration.timeToLive.components.seconds)
+        let assumedLayout = configuration.assumedLayout
+        let messages = Messages()
+        let subscriptions = try RedisClient(configuration) { messages.came(on: $0) }
+        let hub = ProgressHub(interval: configuration.watchInterval) { project in
+            try await Self.progress(of: project, client, timeToLive, assumedLayout, .now + .seconds(10))
+        } subscribe: { project in
+            // Without the permission, or the connection, there is still the look from time to time.
+            _ = try? await subscriptions.command(["SUBSCRIBE", Self.channel(project)], "subscribe", .now + .seconds(5))
+        } unsubscribe: { project in
+            _ = try? await subscriptions.command(
+                ["UNSUBSCRIBE", Self.channel(project)], "unsubscribe", .now + .seconds(5))
+        }
+        messages.hub.withLock { $0 = WeakHub(hub: hub) }
+        (self.client, self.timeToLive, self.assumedLayout) = (client, timeToLive, assumedLayout)
+        (self.subscriptions, self.hub) = (subscriptions, hub)
     }
 
     /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
-    public func close() async { await client.close() }
+    public func close() async {
+        await client.close()
+        await subscriptions.close()
+    }
+
+    private struct WeakHub { weak var hub: ProgressHub? }
+
+    /// Brings messages from the connection to the hub, which does not exist yet when that is made.
+    private final class Messages: Sendable {
+        let hub = Mutex(WeakHub())
+
+        func came(on channel: String) {
+            guard let project = RedisProgressStore.project(ofKey: channel) else { return }
+            hub.withLock { $0.hub }?.nudge(project)
+        }
+    }
+
+    private static func channel(_ project: ProjectID) -> String { "{smap:proj:\(project.rawValue)}:progress" }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func updates(of project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> {
+        hub.watch(project)
+    }
 
     /// Runs `body` with a store and closes it afterwards, whatever happens.
     public static func withStore<Result: Sendable>(
@@ -114,7 +154,17 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
-        let update = try await update(.progress, project, [], deadline)
+        try await Self.progress(of: project, client, timeToLive, assumedLayout, deadline)
+    }
+
+    private static func progress(
+        of project: ProjectID, _ client: RedisClient, _ timeToLive: String, _ layout: ProgressLayout,
+        _ deadline: ContinuousClock.Instant
+    ) async throws -> ProjectProgress? {
+        let reply = try await client.run(
+            TrackerScript.progress.source, keys: keys(project), [timeToLive, layout.rawValue], "progress \(project)",
+            deadline)
+        let update = try update(from: reply, .progress, project)
         switch update.verdict {
         case .unknownProject: return nil
         case .corrupt:
@@ -166,15 +216,7 @@ public final class RedisProgressStore: ProgressStore {
         guard case .array(let parts) = reply, parts.count == 2, let next = parts[0].text,
             case .array(let keys) = parts[1]
         else { throw EventsError(.protocolViolation, "an unexpected reply", operation: "list projects") }
-        let projects = keys.compactMap { key -> ProjectID? in
-            guard var name = key.text?[...] else { return nil }
-            // A key of a family carries the hash's key in braces.
-            if name.hasPrefix("{"), let end = name.firstIndex(of: "}") {
-                name = name[name.index(after: name.startIndex)..<end]
-            }
-            guard name.hasPrefix("smap:proj:") else { return nil }
-            return try? ProjectID(String(name.dropFirst("smap:proj:".count)))
-        }
+        let projects = keys.compactMap { $0.text.flatMap(Self.project(ofKey:)) }
         return ProjectPage(projects: Array(Set(projects)), next: next == "0" ? nil : next)
     }
 
@@ -195,7 +237,7 @@ public final class RedisProgressStore: ProgressStore {
         func findings(_ text: String) -> [ProjectFindings.Finding] {
             text.split(separator: ",").map { ProjectFindings.Finding(String($0)) }
         }
-        let update = try self.update(from: parts[3], .inspect, project)
+        let update = try Self.update(from: parts[3], .inspect, project)
         let isThere = update.verdict != .unknownProject && update.verdict != .corrupt
         let life = Int(timeToLive) ?? 0
         return ProjectFindings(
@@ -221,10 +263,20 @@ public final class RedisProgressStore: ProgressStore {
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], layout: ProgressLayout? = nil,
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        try update(from: try await run(script, project, arguments, layout, deadline), script, project)
+        try Self.update(from: try await run(script, project, arguments, layout, deadline), script, project)
     }
 
-    private func update(
+    /// The project that a key or channel belongs to: the hash's, or one of its family, which carries that in braces.
+    private static func project(ofKey key: String) -> ProjectID? {
+        var name = key[...]
+        if name.hasPrefix("{"), let end = name.firstIndex(of: "}") {
+            name = name[name.index(after: name.startIndex)..<end]
+        }
+        guard name.hasPrefix("smap:proj:") else { return nil }
+        return try? ProjectID(String(name.dropFirst("smap:proj:".count)))
+    }
+
+    private static func update(
         from reply: RedisReply, _ script: TrackerScript, _ project: ProjectID
     ) throws -> ProgressUpdate {
         guard case .array(let fields) = reply, fields.count >= 12, let verdict = fields[0].text,

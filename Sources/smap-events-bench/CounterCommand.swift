@@ -166,6 +166,9 @@ struct CounterCommand: AsyncParsableCommand {
         func pendingFinishes(of project: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
             try await store.pendingFinishes(of: project, deadline: deadline)
         }
+        func updates(of project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> {
+            store.updates(of: project)
+        }
         func projects(after cursor: String?, deadline: Instant) async throws -> ProjectPage {
             try await store.projects(after: cursor, deadline: deadline)
         }

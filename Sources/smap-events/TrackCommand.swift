@@ -199,12 +199,10 @@ struct TrackCommand: AsyncParsableCommand {
             abstract: "Follow a project until it is done or failed.",
             discussion: "Exits with 0 when it is done, and with 1 when it has failed or the time is up.")
         @OptionGroup var project: Project
-        @Option(help: "Seconds between two looks.") var interval: Double = 0.5
         @Option(help: "Give up after so many seconds.") var timeout: Double?
         @Flag(help: "Print a JSON line at each change instead of a bar.") var json = false
 
         func validate() throws {
-            guard interval >= 0.01, interval <= 3600 else { throw ValidationError("--interval is 0.01 to 3600 s.") }
             guard timeout.map({ $0 > 0 && $0 <= 31_536_000 }) ?? true else {
                 throw ValidationError("--timeout is above 0, up to a year.")
             }
@@ -221,28 +219,36 @@ struct TrackCommand: AsyncParsableCommand {
         }
 
         private func follow(_ id: ProjectID, _ tracker: ProgressTracker) async throws -> ProjectProgress {
-            let end = timeout.map { ContinuousClock.now + seconds($0) }
+            try await withThrowingTaskGroup(of: ProjectProgress.self) { group in
+                group.addTask { try await show(id, tracker) }
+                if let timeout {
+                    group.addTask {
+                        try await Task.sleep(for: seconds(timeout))
+                        throw EventsError(
+                            .deadlineExceeded, "not over after \(timeout) s", operation: "watch \(id)")
+                    }
+                }
+                defer { group.cancelAll() }
+                guard let last = try await group.next() else { throw TrackCommand.unknown(id, "watch") }
+                return last
+            }
+        }
+
+        private func show(_ id: ProjectID, _ tracker: ProgressTracker) async throws -> ProjectProgress {
             let isBar = !json && Console.isErrorTerminal
             var last: ProjectProgress?
-            while true {
-                guard let progress = try await tracker.progress(of: id) else { throw TrackCommand.unknown(id, "watch") }
+            for try await progress in tracker.watch(id) {
                 if isBar {
                     let bar = ProgressBar(label: progress.status.rawValue, done: progress.done, total: progress.total)
                     ProgressBar.draw([bar], over: last == nil ? 0 : 1)
-                } else if progress != last {
+                    if progress.isOver { Console.line(try Console.json(State(progress))) }
+                } else {
                     Console.line(try Console.json(State(progress)))
                 }
                 last = progress
-                if progress.isOver {
-                    if isBar { Console.line(try Console.json(State(progress))) }
-                    return progress
-                }
-                if let end, ContinuousClock.now >= end {
-                    throw EventsError(.deadlineExceeded, "not over yet: \(progress.status)", operation: "watch \(id)")
-                }
-                // The interval between two looks is what was asked for.
-                try await Task.sleep(for: seconds(interval))
             }
+            guard let last, last.isOver else { throw CancellationError() }
+            return last
         }
     }
 

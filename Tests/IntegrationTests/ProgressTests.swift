@@ -165,6 +165,68 @@ import Testing
         }
     }
 
+    @Test func `a thousand watchers share one subscription, hear of each percent, and survive its loss`() async throws {
+        let port = try await SharedStack.current.redisPort
+        var configuration = RedisConfiguration(host: "127.0.0.1", port: port, database: 8)
+        // So that what is heard is heard by message.
+        configuration.watchInterval = .seconds(3600)
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let tracker = ProgressTracker(store: store)
+            let project = try ProjectID("watched_\(EventID())")
+            let channel = "{smap:proj:\(project)}:progress"
+            func subscribers() async throws -> String? {
+                let said = try await Program.run("redis-cli", ["-p", "\(port)", "PUBSUB", "NUMSUB", channel])
+                return said.output.split(separator: "\n").last.map(String.init)
+            }
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 100)
+            let begun = Locked(0)
+            let seen = Locked(0)
+            try await withThrowingTaskGroup { group in
+                for _ in 0..<1_000 {
+                    group.addTask {
+                        var isFirst = true
+                        for try await progress in tracker.watch(project) {
+                            if isFirst { begun.withLock { $0 += 1 } }
+                            isFirst = false
+                            if progress.done == 1 { seen.withLock { $0 += 1 } }
+                        }
+                    }
+                }
+                try await eventually("all watch") { begun.withLock { $0 } == 1_000 }
+                #expect(try await subscribers() == "1")
+                try await tracker.advance(project, item: .index(0), outcome: .success)
+                try await eventually("all hear of it") { seen.withLock { $0 } == 1_000 }
+                for index in 1..<100 { try await tracker.advance(project, item: .index(index), outcome: .success) }
+                try await group.waitForAll()
+            }
+            try await eventually("nobody listens any more") { try await subscribers() == "0" }
+        }
+        // Its connection is cut: the next look subscribes anew.
+        configuration.watchInterval = .milliseconds(200)
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let tracker = ProgressTracker(store: store)
+            let project = try ProjectID("cut_\(EventID())")
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 1)
+            try await withThrowingTaskGroup(of: Int.self) { group in
+                group.addTask { try await tracker.watch(project).reduce(0) { _, progress in progress.done } }
+                func listeners() async throws -> [Substring] {
+                    try await Program.run("redis-cli", ["-p", "\(port)", "CLIENT", "LIST", "TYPE", "pubsub"]).output
+                        .split(separator: "\n").filter { $0.contains(" db=8 ") }
+                }
+                try await eventually("it listens") { try await !listeners().isEmpty }
+                let id = try #require(try await listeners().first?.split(separator: " ").first?.dropFirst(3))
+                _ = try await Program.run("redis-cli", ["-p", "\(port)", "CLIENT", "KILL", "ID", String(id)])
+                try await eventually("it listens again") {
+                    try await listeners().contains { !$0.hasPrefix("id=\(id) ") }
+                }
+                try await tracker.advance(project, item: .index(0), outcome: .success)
+                #expect(try await group.next() == 1)
+            }
+        }
+    }
+
     @Test func `while the broker is away sweeps become rarer, and what is pending goes out when it is back`()
         async throws
     {

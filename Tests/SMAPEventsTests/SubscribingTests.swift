@@ -236,6 +236,7 @@ private let queue: QueueName = "test.queue"
             func pendingFinishes(of p: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
                 try await store.pendingFinishes(of: p, deadline: deadline)
             }
+            func updates(of p: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> { store.updates(of: p) }
             func projects(after cursor: String?, deadline: Instant) async throws -> ProjectPage {
                 ProjectPage(projects: [], next: nil)
             }

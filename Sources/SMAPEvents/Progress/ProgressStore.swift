@@ -49,6 +49,10 @@ public protocol ProgressStore: Sendable {
     /// Reads a project's progress; nil if there is none.
     func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress?
 
+    /// Follows a project: its progress now, then each newer one, until it is over. A slow reader misses what has been
+    /// overtaken.
+    func updates(of project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error>
+
     /// Some projects with finishes that are pending, at most `limit`, in no particular order.
     func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [ProjectID]
 

@@ -158,6 +158,17 @@ public struct ProgressTracker: Sendable {
         try await store.progress(of: project, deadline: .now + deadline)
     }
 
+    /// Follows a project: its progress now, then each newer one, until it is done, failed or cancelled.
+    ///
+    /// It is told by the store at each whole percent and each new status, and looks for itself every two seconds, in case
+    /// it was not. A slow reader misses what has been overtaken, and delays nobody. All who watch one project through one
+    /// store share a subscription and its reads. While the store is away it waits.
+    ///
+    /// The sequence throws ``EventsError/Code/unknownProject`` when the project is not there, or no longer.
+    public func watch(_ project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> {
+        store.updates(of: project)
+    }
+
     /// Looks for what is wrong with a project, and mends what can be mended without losing anything.
     ///
     /// - Parameters:

@@ -380,5 +380,39 @@ public enum StoreContract {
                 try await ContractViolation.error(.invalidName) { _ = try await tracker.advance(project, reports) }
             }
         },
+        Check("whoever watches sees the progress grow, and ends with the finish; a slow one holds up nobody") {
+            store, project in
+            let tracker = ProgressTracker(store: store)
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 100)
+            try await withThrowingTaskGroup(of: [Int].self) { group in
+                // One that never reads.
+                let slow = tracker.watch(project)
+                for _ in 0..<100 {
+                    group.addTask {
+                        var seen: [Int] = []
+                        for try await progress in tracker.watch(project) {
+                            seen.append(progress.done)
+                            if progress.isOver { try ContractViolation.equal(progress.status, .done, "the last") }
+                        }
+                        return seen
+                    }
+                }
+                for index in 0..<100 {
+                    try await tracker.advance(project, item: .index(index), outcome: .success)
+                }
+                for try await seen in group {
+                    try ContractViolation.equal(seen.last, 100, "the last state")
+                    try ContractViolation.equal(seen, seen.sorted(), "it grows")
+                }
+                var last: ProjectProgress?
+                for try await progress in slow { last = progress }
+                try ContractViolation.equal(last?.done, 100, "what the slow one finds")
+            }
+            let unknown = try ProjectID("\(project)_unknown")
+            try await ContractViolation.error(.unknownProject) {
+                for try await _ in tracker.watch(unknown) {}
+            }
+        },
     ]
 }

@@ -47,14 +47,29 @@ public final class InMemoryProgressStore: ProgressStore {
         var pending: [ProjectID: [PendingFinish]] = [:]
     }
 
-    private let state = Mutex(State())
+    // A class of its own, so that the hub does not hold the store that holds it.
+    private final class Storage: Sendable {
+        let state = Mutex(State())
+    }
+
+    private let storage = Storage()
+    private let hub: ProgressHub
 
     /// Makes an empty store.
-    public init() {}
+    public init() {
+        hub = ProgressHub(interval: .seconds(2)) { [storage] project in
+            storage.state.withLock { $0.projects[project].map { Self.progress(project, $0) } }
+        }
+    }
+
+    /// See ``SMAPEvents/ProgressStore``.
+    public func updates(of project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> {
+        hub.watch(project)
+    }
 
     /// Forgets a project, as an expiry would.
     public func remove(_ project: ProjectID) {
-        state.withLock { state in _ = state.projects.removeValue(forKey: project) }
+        storage.state.withLock { state in _ = state.projects.removeValue(forKey: project) }
     }
 
     /// Always healthy: there is nothing that could fail.
@@ -64,7 +79,7 @@ public final class InMemoryProgressStore: ProgressStore {
     public func start(
         _ project: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        state.withLock { state in
+        storage.state.withLock { state in
             if let known = state.projects[project] { return Self.update(.exists, project, known) }
             let new = Project(layout, finishEventID)
             state.projects[project] = new
@@ -208,24 +223,24 @@ public final class InMemoryProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
-        state.withLock { state in state.projects[project].map { Self.progress(project, $0) } }
+        storage.state.withLock { state in state.projects[project].map { Self.progress(project, $0) } }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [ProjectID] {
-        state.withLock { Array($0.pending.keys.prefix(limit)) }
+        storage.state.withLock { Array($0.pending.keys.prefix(limit)) }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(
         of project: ProjectID, deadline: ContinuousClock.Instant
     ) async throws -> [PendingFinish] {
-        state.withLock { $0.pending[project] ?? [] }
+        storage.state.withLock { $0.pending[project] ?? [] }
     }
 
     /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
-        state.withLock { state in
+        storage.state.withLock { state in
             guard let index = state.pending[finish.project]?.firstIndex(where: { $0.eventID == finish.eventID }) else {
                 return false
             }
@@ -237,14 +252,14 @@ public final class InMemoryProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func projects(after cursor: String?, deadline: ContinuousClock.Instant) async throws -> ProjectPage {
-        state.withLock { ProjectPage(projects: Array($0.projects.keys), next: nil) }
+        storage.state.withLock { ProjectPage(projects: Array($0.projects.keys), next: nil) }
     }
 
     /// See ``SMAPEvents/ProgressStore``. There are no siblings here, so nothing but a pending finish can be found.
     public func inspect(
         _ project: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: ContinuousClock.Instant
     ) async throws -> ProjectFindings {
-        state.withLock { state in
+        storage.state.withLock { state in
             ProjectFindings(
                 findings: state.pending[project] == nil ? [] : [.finishPending], mended: [],
                 progress: state.projects[project].map { Self.progress(project, $0) }, idle: nil)
@@ -254,7 +269,8 @@ public final class InMemoryProgressStore: ProgressStore {
     private func change(
         _ project: ProjectID, _ body: (inout Project, inout State) -> ProgressUpdate.Verdict
     ) -> ProgressUpdate {
-        state.withLock { state in
+        defer { hub.nudge(project) }
+        return storage.state.withLock { state in
             guard var entry = state.projects[project] else {
                 let nothing = ProjectProgress(
                     project: project, status: ProjectProgress.Status(""), stages: [], isSealed: false)
