@@ -3,9 +3,13 @@ public struct Health: Sendable, Hashable, CustomStringConvertible {
     /// What is wrong, a sentence each, without secrets. Empty when all is well.
     public var problems: [String]
 
+    /// What works now and may cost data one day, a sentence each. It makes nothing unhealthy.
+    public var warnings: [String]
+
     /// Reports what is wrong; nothing by default.
-    public init(problems: [String] = []) {
+    public init(problems: [String] = [], warnings: [String] = []) {
         self.problems = problems
+        self.warnings = warnings
     }
 
     /// Whether nothing is wrong: what a readiness probe asks.
@@ -16,6 +20,6 @@ public struct Health: Sendable, Hashable, CustomStringConvertible {
 
     /// The health of several parts together.
     public static func + (left: Health, right: Health) -> Health {
-        Health(problems: left.problems + right.problems)
+        Health(problems: left.problems + right.problems, warnings: left.warnings + right.warnings)
     }
 }

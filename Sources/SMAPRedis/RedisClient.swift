@@ -43,10 +43,35 @@ final class RedisClient: Sendable {
     func health(_ deadline: ContinuousClock.Instant) async -> Health {
         do {
             _ = try await command(["PING"], "health", deadline)
-            return Health()
+            return Health(warnings: await dangers(deadline))
         } catch {
             return Health(problems: ["redis: \((error as? EventsError)?.description ?? "\(type(of: error))")"])
         }
+    }
+
+    /// Settings of the server under which progress can be lost.
+    private func dangers(_ deadline: ContinuousClock.Instant) async -> [String] {
+        var warnings: [String] = []
+        do {
+            var settings: [Substring: Substring] = [:]
+            for section in ["persistence", "memory"] {
+                let text = try await command(["INFO", section], "health", deadline).text ?? ""
+                for line in text.split(whereSeparator: \.isNewline) {
+                    let parts = line.split(separator: ":", maxSplits: 1)
+                    if parts.count == 2 { settings[parts[0]] = parts[1] }
+                }
+            }
+            if settings["aof_enabled"] == "0" {
+                warnings.append("redis: appendonly is off: what was counted since the last snapshot is lost in a crash")
+            }
+            if let policy = settings["maxmemory_policy"], policy != "noeviction" {
+                warnings.append(
+                    "redis: maxmemory-policy is \(policy): Redis may drop projects; it should be noeviction")
+            }
+        } catch {
+            warnings.append("redis: persistence and eviction cannot be looked up")
+        }
+        return warnings
     }
 
     /// Runs a script by its hash; by its text where the server does not know it (any more).

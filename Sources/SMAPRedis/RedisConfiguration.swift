@@ -9,6 +9,9 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     public var host: String
     /// The port. `REDIS_PORT`, 6379 by default.
     public var port: Int
+    /// The user of an access control list; none by default, which is Redis's user `default`. `REDIS_USERNAME`. Needs a
+    /// password.
+    public var username: String?
     /// The password; none by default. `REDIS_PASSWORD`.
     public var password: String?
     /// The database, 1 by default: database 0 is a cache that may evict. `REDIS_STATE_DB`.
@@ -16,7 +19,9 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
 
     /// How long connecting and logging in may take, 5 s by default.
     public var connectTimeout: Duration = .seconds(5)
-    /// How many commands may be under way at a time, 10,000 by default. More are refused as
+    /// How many connections the progress store shares its projects out to, 2 by default, 1 to 64. The inbox has one.
+    public var connections: Int = 2
+    /// How many commands may be under way at a time on a connection, 10,000 by default. More are refused as
     /// ``SMAPEvents/EventsError/Code/overloaded``.
     public var maximumInFlight: Int = 10_000
     /// How long a project's keys live after its last update, 604,800 s (a week) by default. Whole seconds.
@@ -36,7 +41,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         self.database = database
     }
 
-    /// Reads `REDIS_HOST`, `REDIS_PORT`, `REDIS_PASSWORD` and `REDIS_STATE_DB`.
+    /// Reads `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD` and `REDIS_STATE_DB`.
     ///
     /// Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
     public init(reader: ConfigReader) throws {
@@ -52,6 +57,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         if let password = reader.string(forKey: "password", isSecret: true), !password.isEmpty {
             self.password = password
         }
+        if let username = reader.string(forKey: "username"), !username.isEmpty { self.username = username }
         if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
         try validate()
     }
@@ -63,6 +69,8 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         try require(!host.isEmpty && !host.contains("\0"), "REDIS_HOST", "it is not a host name")
         try require((1...65_535).contains(port), "REDIS_PORT", "a port is 1 to 65535")
         try require((0...1_000_000).contains(database), "REDIS_STATE_DB", "it is 0 or more")
+        try require(username == nil || password != nil, "REDIS_USERNAME", "it needs a password")
+        try require((1...64).contains(connections), "connections", "it is 1 to 64")
         try require(maximumInFlight > 0, "maximumInFlight", "it is 1 or more")
         try require(connectTimeout > .zero, "connectTimeout", "it is above zero")
         try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")

@@ -41,7 +41,9 @@ final class RedisDriver: ConnectionDriver {
     private func logIn(_ configuration: RedisConfiguration, deadline: MonotonicTime) throws {
         let operation = "connect to \(configuration)"
         var commands = [["SELECT", String(configuration.database)]]
-        if let password = configuration.password { commands.insert(["AUTH", password], at: 0) }
+        if let password = configuration.password {
+            commands.insert(["AUTH"] + (configuration.username.map { [$0] } ?? []) + [password], at: 0)
+        }
         for command in commands {
             output += RedisCommand(command).bytes
             var replies: [RedisReply] = []
@@ -56,7 +58,7 @@ final class RedisDriver: ConnectionDriver {
             if case .error(let text) = replies[0] {
                 // What a wrong password is called differs: WRONGPASS with an ACL, ERR invalid password before.
                 if command[0] == "AUTH", !text.hasPrefix("LOADING") {
-                    throw EventsError(.accessRefused, "Redis refuses the password", operation: operation)
+                    throw EventsError(.accessRefused, "Redis refuses the user or the password", operation: operation)
                 }
                 throw RedisFailure.error(text, operation: operation)
             }

@@ -10,10 +10,12 @@ internal import Foundation
 /// Keeps the progress of projects in Redis 7: the hash `smap:proj:<id>` that sibling services read and write too, and a
 /// family of keys beside it.
 ///
-/// Each operation is one Lua script. It keeps one connection, on a thread of its own, opened when first needed; when it
-/// is lost, whatever was under way ends with a retriable error, and the next call connects again.
+/// Each operation is one Lua script. It keeps ``RedisConfiguration/connections`` connections, each on a thread of its own,
+/// opened when first needed, and one more while projects are watched; when one is lost, whatever was under way on it ends
+/// with a retriable error, and the next call connects again.
 public final class RedisProgressStore: ProgressStore {
-    private let client: RedisClient
+    /// At least one. A project's operations go over one and the same, so they are carried out in the order of the calls.
+    private let clients: [RedisClient]
     /// A connection of its own: one that subscribes can do nothing else. Opened by the first who watches.
     private let subscriptions: RedisClient
     private let hub: ProgressHub
@@ -22,13 +24,13 @@ public final class RedisProgressStore: ProgressStore {
 
     /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RedisConfiguration) throws {
-        let client = try RedisClient(configuration)
+        let clients = try (0..<configuration.connections).map { _ in try RedisClient(configuration) }
         let timeToLive = String(configuration.timeToLive.components.seconds)
         let assumedLayout = configuration.assumedLayout
         let messages = Messages()
         let subscriptions = try RedisClient(configuration) { messages.came(on: $0) }
         let hub = ProgressHub(interval: configuration.watchInterval) { project in
-            try await Self.progress(of: project, client, timeToLive, assumedLayout, .now + .seconds(10))
+            try await Self.progress(of: project, clients, timeToLive, assumedLayout, .now + .seconds(10))
         } subscribe: { project in
             // Without the permission, or the connection, there is still the look from time to time.
             _ = try? await subscriptions.command(["SUBSCRIBE", Self.channel(project)], "subscribe", .now + .seconds(5))
@@ -37,13 +39,13 @@ public final class RedisProgressStore: ProgressStore {
                 ["UNSUBSCRIBE", Self.channel(project)], "unsubscribe", .now + .seconds(5))
         }
         messages.hub.withLock { $0 = WeakHub(hub: hub) }
-        (self.client, self.timeToLive, self.assumedLayout) = (client, timeToLive, assumedLayout)
+        (self.clients, self.timeToLive, self.assumedLayout) = (clients, timeToLive, assumedLayout)
         (self.subscriptions, self.hub) = (subscriptions, hub)
     }
 
     /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
     public func close() async {
-        await client.close()
+        for client in clients { await client.close() }
         await subscriptions.close()
     }
 
@@ -85,7 +87,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// Whether Redis answers a PING.
     public func health(deadline: ContinuousClock.Instant = .now + .seconds(5)) async -> Health {
-        await client.health(deadline)
+        await clients[0].health(deadline)
     }
 
     /// See ``SMAPEvents/ProgressStore``.
@@ -154,14 +156,14 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func progress(of project: ProjectID, deadline: ContinuousClock.Instant) async throws -> ProjectProgress? {
-        try await Self.progress(of: project, client, timeToLive, assumedLayout, deadline)
+        try await Self.progress(of: project, clients, timeToLive, assumedLayout, deadline)
     }
 
     private static func progress(
-        of project: ProjectID, _ client: RedisClient, _ timeToLive: String, _ layout: ProgressLayout,
+        of project: ProjectID, _ clients: [RedisClient], _ timeToLive: String, _ layout: ProgressLayout,
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProjectProgress? {
-        let reply = try await client.run(
+        let reply = try await client(for: project, clients).run(
             TrackerScript.progress.source, keys: keys(project), [timeToLive, layout.rawValue], "progress \(project)",
             deadline)
         let update = try update(from: reply, .progress, project)
@@ -178,7 +180,8 @@ public final class RedisProgressStore: ProgressStore {
     /// See ``SMAPEvents/ProgressStore``.
     public func pendingFinishes(limit: Int, deadline: ContinuousClock.Instant) async throws -> [ProjectID] {
         // A random choice, so that finishes which cannot be published do not hide the others for ever.
-        let reply = try await client.command(["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
+        let reply = try await clients[0].command(
+            ["SRANDMEMBER", Self.index, String(limit)], "pending finishes", deadline)
         guard case .array(let names) = reply else { return [] }
         return names.compactMap { $0.text.flatMap { try? ProjectID($0) } }
     }
@@ -188,7 +191,8 @@ public final class RedisProgressStore: ProgressStore {
         of project: ProjectID, deadline: ContinuousClock.Instant
     ) async throws -> [PendingFinish] {
         let operation = "pending finishes of \(project)"
-        let reply = try await client.command(["HGETALL", Self.keys(project)[4]], operation, deadline)
+        let reply = try await Self.client(for: project, clients).command(
+            ["HGETALL", Self.keys(project)[4]], operation, deadline)
         guard case .array(let fields) = reply else { return [] }
         return try stride(from: 0, to: fields.count - 1, by: 2).map { index in
             // Generation, milliseconds, data.
@@ -211,7 +215,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func projects(after cursor: String?, deadline: ContinuousClock.Instant) async throws -> ProjectPage {
-        let reply = try await client.command(
+        let reply = try await clients[0].command(
             ["SCAN", cursor ?? "0", "MATCH", "*smap:proj:*", "COUNT", "200"], "list projects", deadline)
         guard case .array(let parts) = reply, parts.count == 2, let next = parts[0].text,
             case .array(let keys) = parts[1]
@@ -298,11 +302,15 @@ public final class RedisProgressStore: ProgressStore {
                 reason: reason.isEmpty ? nil : reason))
     }
 
+    private static func client(for project: ProjectID, _ clients: [RedisClient]) -> RedisClient {
+        clients[Int(UInt(bitPattern: project.hashValue) % UInt(clients.count))]
+    }
+
     private func run(
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ layout: ProgressLayout?,
         _ deadline: ContinuousClock.Instant
     ) async throws -> RedisReply {
-        try await client.run(
+        try await Self.client(for: project, clients).run(
             script.source, keys: Self.keys(project),
             [timeToLive, (layout ?? assumedLayout).rawValue] + arguments, "\(script.name) \(project)", deadline)
     }

@@ -43,6 +43,10 @@ enum RedisReply: Sendable, Equatable {
 enum RedisFailure {
     static func error(_ text: String, operation: String) -> EventsError {
         let word = text.prefix { $0 != " " }
+        // What a script may not call is told as any error of a script is.
+        if text.contains("user executing the script can't") {
+            return EventsError(.accessRefused, "Redis refuses a command or key of a script", operation: operation)
+        }
         switch word {
         case "LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN":
             return EventsError(.storeUnavailable, "Redis cannot work now: \(word)", operation: operation)

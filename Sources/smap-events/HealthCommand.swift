@@ -9,7 +9,8 @@ struct HealthCommand: AsyncParsableCommand {
         abstract: "Ask whether the servers can do their job: for probes.",
         discussion: """
             RabbitMQ is healthy when one can log in, it takes messages, and smap.events is there; with --queue, when that \
-            queue has a consumer too. Redis is healthy when it answers. The exit code is 0 only if all is well.
+            queue has a consumer too. Redis is healthy when it answers; a server that may lose what it holds (appendonly off, an evicting \
+            maxmemory-policy) is warned of. The exit code is 0 only if all is well, warnings aside.
             """)
 
     @Option(help: "A queue that must have an active consumer. May be given several times.")
@@ -32,6 +33,7 @@ struct HealthCommand: AsyncParsableCommand {
         var healthy: Bool
         var rabbitmq: [String]
         var redis: [String]?
+        var warnings: [String]
     }
 
     func run() async throws {
@@ -53,10 +55,13 @@ struct HealthCommand: AsyncParsableCommand {
             if json || !Console.isOutputTerminal {
                 Console.line(
                     try Console.json(
-                        Report(healthy: isHealthy, rabbitmq: broker.problems, redis: store?.problems)))
+                        Report(
+                            healthy: isHealthy, rabbitmq: broker.problems, redis: store?.problems,
+                            warnings: health.warnings)))
             } else {
                 Console.line(isHealthy ? "healthy" : "unhealthy")
                 for problem in health.problems { Console.line("  \(problem)") }
+                for warning in health.warnings { Console.line("  warning: \(warning)") }
             }
         }
         if !isHealthy { throw ExitCode(1) }

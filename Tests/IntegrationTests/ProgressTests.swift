@@ -227,6 +227,95 @@ import Testing
         }
     }
 
+    /// As the README documents them.
+    private static let permissions = [
+        "~smap:proj:*", "~{smap:proj:*", "~smap:finish:pending", "&{smap:proj:*", "+select", "+ping", "+info",
+        "+script|load", "+eval", "+evalsha", "+scan", "+srandmember", "+subscribe", "+unsubscribe", "+publish", "+time",
+        "+exists", "+del", "+expire", "+persist", "+ttl", "+hmget", "+hget", "+hset", "+hdel", "+hlen", "+hexists",
+        "+hgetall", "+hincrby", "+getbit", "+setbit", "+sadd", "+srem", "+sismember",
+    ]
+
+    @Test func `a user with just the documented permissions can do it all; one fewer is a typed, permanent error`()
+        async throws
+    {
+        let port = try await SharedStack.current.redisPort
+        let name = "user_\(UUID())"
+        func grant(_ permissions: [String]) async throws {
+            let said = try await Program.run(
+                "redis-cli", ["-p", "\(port)", "ACL", "SETUSER", name, "reset", "on", ">s3cret"] + permissions)
+            #expect(said.output.hasPrefix("OK"), "\(said.output)")
+        }
+        var configuration = RedisConfiguration(host: "127.0.0.1", port: port, password: "s3cret", database: 9)
+        configuration.username = name
+        configuration.watchInterval = .seconds(3600)
+        try await grant(Self.permissions)
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let tracker = ProgressTracker(store: store)
+            for (project, layout) in [(try ProjectID("acl_i"), ProgressLayout.flat), (try ProjectID("acl_n"), .stages)]
+            {
+                try await tracker.start(project, layout: layout)
+                try await tracker.expect(1, of: project, batch: "all")
+                let item = layout == .flat ? ItemReference.index(0) : .named("a")
+                try await tracker.advance(project, item: item, outcome: .failure)
+                let heard = Task { try await tracker.watch(project).reduce(0) { _, progress in progress.done } }
+                try await tracker.advance(project, item: item, outcome: .success)
+                if layout == .stages {
+                    try await tracker.advance(project, item: item, outcome: .success, stage: .analyze)
+                }
+                try await tracker.seal(project)
+                #expect(try await heard.value == (layout == .flat ? 1 : 2))
+                for finish in try await store.pendingFinishes(of: project, deadline: .now + .seconds(5)) {
+                    #expect(try await store.clear(finish, deadline: .now + .seconds(5)))
+                }
+                try await tracker.restart(project, from: 1)
+                try await tracker.cancel(project)
+            }
+            #expect(try await store.pendingFinishes(limit: 1, deadline: .now + .seconds(5)).isEmpty)
+            #expect(try await tracker.reconcileAll { _, _ in } == 2)
+            #expect(await store.health().isHealthy)
+        }
+        let project = try ProjectID("acl_denied")
+        for denied in ["-evalsha", "-hmget", "-hset", "-select"] {
+            try await grant(Self.permissions + [denied])
+            try await RedisProgressStore.withStore(configuration: configuration) { store in
+                let error = await #expect(throws: EventsError.self) {
+                    try await ProgressTracker(store: store).start(project)
+                }
+                #expect(
+                    error?.code == .accessRefused && error?.isRetriable == false,
+                    "\(denied): \(String(describing: error))")
+            }
+        }
+        configuration.password = "wrong"
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let error = await #expect(throws: EventsError.self) {
+                try await ProgressTracker(store: store).start(project)
+            }
+            #expect(error?.code == .accessRefused && "\(String(describing: error))".contains("wrong") == false)
+        }
+        _ = try await Program.run("redis-cli", ["-p", "\(port)", "ACL", "DELUSER", name])
+    }
+
+    @Test func `a server that may lose what it holds is warned of`() async throws {
+        var options = LocalStack.Options()
+        options.rabbitMQ = false
+        try await LocalStack.withStack(options) { stack in
+            let store = try RedisProgressStore(
+                configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
+            func set(_ setting: String, _ value: String) async throws {
+                _ = try await Program.run("redis-cli", ["-p", "\(stack.redisPort)", "CONFIG", "SET", setting, value])
+            }
+            try await set("appendonly", "yes")
+            #expect(await store.health().warnings.isEmpty)
+            try await set("appendonly", "no")
+            try await set("maxmemory-policy", "allkeys-lru")
+            let health = await store.health()
+            #expect(health.isHealthy)
+            #expect(health.warnings.map { $0.contains("appendonly") || $0.contains("allkeys-lru") } == [true, true])
+            await store.close()
+        }
+    }
+
     @Test func `while the broker is away sweeps become rarer, and what is pending goes out when it is back`()
         async throws
     {
