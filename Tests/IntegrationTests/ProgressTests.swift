@@ -274,6 +274,10 @@ import Testing
             #expect(try await tracker.reconcileAll { _, _ in } == 2)
             #expect(await store.health().isHealthy)
         }
+        try await grant(Self.permissions + ["~smap:inbox:*", "+get", "+set", "+pttl"])
+        let inbox = try RedisInbox(configuration: configuration)
+        for check in InboxContract.checks { try await check.run(inbox) }
+        await inbox.close()
         let project = try ProjectID("acl_denied")
         for denied in ["-evalsha", "-hmget", "-hset", "-select"] {
             try await grant(Self.permissions + [denied])
