@@ -5,6 +5,33 @@ public import SMAPEvents
 ///
 /// Its description holds no password.
 public struct RedisConfiguration: Sendable, CustomStringConvertible {
+    /// A server's address.
+    public struct Address: Sendable, Hashable, CustomStringConvertible {
+        /// The host's name or address.
+        public var host: String
+        /// The port.
+        public var port: Int
+
+        /// Describes an address.
+        public init(host: String, port: Int) {
+            self.host = host
+            self.port = port
+        }
+
+        /// `host:port`.
+        public var description: String { "\(host.contains(":") ? "[\(host)]" : host):\(port)" }
+    }
+
+    /// The sentinels that know the master; with them, ``host`` and ``port`` are not used. None by default.
+    /// `REDIS_SENTINELS`, as `host:port` separated by commas; the port is 26379 by default.
+    ///
+    /// Each connection asks one of them where the master is, and checks that it is one. A command that is not answered by
+    /// its deadline ends the connection, so that the next one asks again.
+    public var sentinels: [Address] = []
+    /// What the sentinels call the master, `mymaster` by default. `REDIS_MASTER_NAME`.
+    public var masterName = "mymaster"
+    /// The password of the sentinels themselves; none by default. `REDIS_SENTINEL_PASSWORD`.
+    public var sentinelPassword: String?
     /// The host's name or address. `REDIS_HOST`, `localhost` by default.
     public var host: String
     /// The port. `REDIS_PORT`, 6379 by default.
@@ -57,9 +84,27 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         if let password = reader.string(forKey: "password", isSecret: true), !password.isEmpty {
             self.password = password
         }
+        if let list = reader.string(forKey: "sentinels"), !list.isEmpty {
+            sentinels = try list.split(separator: ",").map { try Self.sentinel($0.filter { $0 != " " }) }
+        }
+        if let name = reader.string(forKey: "master.name"), !name.isEmpty { masterName = name }
+        if let password = reader.string(forKey: "sentinel.password", isSecret: true), !password.isEmpty {
+            sentinelPassword = password
+        }
         if let username = reader.string(forKey: "username"), !username.isEmpty { self.username = username }
         if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
         try validate()
+    }
+
+    private static func sentinel(_ text: String) throws -> Address {
+        var (host, port) = (text[...], "26379"[...])
+        // An IPv6 address stands in brackets.
+        if let colon = text.lastIndex(of: ":"), !text[colon...].contains("]") {
+            (host, port) = (text[..<colon], text[text.index(after: colon)...])
+        }
+        if host.hasPrefix("["), host.hasSuffix("]") { host = host.dropFirst().dropLast() }
+        guard let port = Int(port) else { throw ServerURL.failure("REDIS_SENTINELS", "a port is no number") }
+        return Address(host: String(host), port: port)
     }
 
     func validate() throws {
@@ -68,6 +113,12 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         }
         try require(!host.isEmpty && !host.contains("\0"), "REDIS_HOST", "it is not a host name")
         try require((1...65_535).contains(port), "REDIS_PORT", "a port is 1 to 65535")
+        for sentinel in sentinels {
+            try require(
+                !sentinel.host.isEmpty && !sentinel.host.contains("\0"), "REDIS_SENTINELS", "it is not a host name")
+            try require((1...65_535).contains(sentinel.port), "REDIS_SENTINELS", "a port is 1 to 65535")
+        }
+        try require(!masterName.isEmpty, "REDIS_MASTER_NAME", "it is empty")
         try require((0...1_000_000).contains(database), "REDIS_STATE_DB", "it is 0 or more")
         try require(username == nil || password != nil, "REDIS_USERNAME", "it needs a password")
         try require((1...64).contains(connections), "connections", "it is 1 to 64")
@@ -76,8 +127,12 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")
     }
 
-    /// `host:port/database`, for logs and errors.
+    /// `host:port/database`, or `master@sentinels/database`, for logs and errors.
     public var description: String {
-        "\(host.contains(":") ? "[\(host)]" : host):\(port)/\(database)"
+        let place =
+            sentinels.isEmpty
+            ? Address(host: host, port: port).description
+            : "\(masterName)@\(sentinels.map(\.description).joined(separator: ","))"
+        return "\(place)/\(database)"
     }
 }

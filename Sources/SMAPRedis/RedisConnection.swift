@@ -114,6 +114,11 @@ final class RedisConnection: Sendable {
             return (answers, pipeline.earliestDeadline)
         }
         answers.give()
+        // A master that is silent may be one no longer: the next call asks the sentinels again.
+        if !answers.calls.isEmpty, !configuration.sentinels.isEmpty {
+            end(EventsError(.connectionLost, "the master does not answer", operation: "redis"))
+            thread?.stop()
+        }
         return next == .distantFuture ? nil : next
     }
 }

@@ -1,85 +1,97 @@
-internal import CHiredis
 internal import ConnectionThread
 internal import SMAPEvents
 
-/// Speaks RESP2 over a socket of our own, with hiredis as the codec. Lives on its connection thread only.
-///
-/// hiredis does not touch the socket: it would write with `write()`, and a broken connection would raise SIGPIPE and kill
-/// the process.
+/// Speaks RESP2 with the server that is the master now. Lives on its connection thread only.
 final class RedisDriver: ConnectionDriver {
-    /// The reader has no limit of its own. No reply of ours comes near this.
-    private static let replyLimit = 64 << 20
-
-    let descriptor: Int32
     private let connection: RedisConnection
-    private let reader: UnsafeMutablePointer<redisReader>
-    private var output: [UInt8] = []
-    private var written = 0
-    private var input = [UInt8](repeating: 0, count: 64 * 1024)
-    private var pendingInput = 0
+    private let wire: RedisWire
+    var descriptor: Int32 { wire.descriptor }
 
     /// Connects and logs in; blocks, bounded by the deadline.
     init(connection: RedisConnection, thread: ConnectionThread, deadline: MonotonicTime) throws {
         let configuration = connection.configuration
-        let descriptor = try Socket.connect(host: configuration.host, port: configuration.port, deadline: deadline)
-        guard let reader = redisReaderCreate() else {
-            Socket.close(descriptor)
-            throw SocketError(.outOfDescriptors, "out of memory")
-        }
+        let wire = try RedisWire(try Self.master(configuration, deadline: deadline), deadline: deadline)
         self.connection = connection
-        self.descriptor = descriptor
-        self.reader = reader
-        thread.guardSocket(descriptor)
+        self.wire = wire
+        thread.guardSocket(wire.descriptor)
         do {
             try logIn(configuration, deadline: deadline)
         } catch {
-            release()
+            wire.close()
             throw error
         }
     }
 
+    /// Where the master is: asked of the sentinels in turn, each time anew, as Redis's guide for sentinel clients has it.
+    private static func master(
+        _ configuration: RedisConfiguration, deadline: MonotonicTime
+    ) throws -> RedisConfiguration.Address {
+        guard !configuration.sentinels.isEmpty else {
+            return RedisConfiguration.Address(host: configuration.host, port: configuration.port)
+        }
+        let operation = "look up \(configuration)"
+        var reasons: [String] = []
+        for sentinel in configuration.sentinels.shuffled() {
+            // One that does not answer must not use up the time of the others.
+            let limit = min(deadline, MonotonicTime.now.advanced(by: .seconds(1)))
+            do {
+                let wire = try RedisWire(sentinel, deadline: limit)
+                defer { wire.close() }
+                if let password = configuration.sentinelPassword {
+                    _ = try wire.ask(["AUTH", password], operation, deadline: limit)
+                }
+                let reply = try wire.ask(
+                    ["SENTINEL", "get-master-addr-by-name", configuration.masterName], operation, deadline: limit)
+                if case .array(let parts) = reply, parts.count == 2, let host = parts[0].text,
+                    let port = parts[1].number
+                {
+                    return RedisConfiguration.Address(host: host, port: port)
+                }
+                if case .error(let text) = reply { throw RedisFailure.error(text, operation: operation) }
+                reasons.append("\(sentinel) does not know \(configuration.masterName)")
+            } catch let error as EventsError {
+                reasons.append("\(sentinel): \(error.message)")
+            } catch let error as SocketError {
+                reasons.append("\(sentinel): \(error.description)")
+            }
+        }
+        throw EventsError(.connectionFailed, reasons.joined(separator: "; "), operation: operation)
+    }
+
     private func logIn(_ configuration: RedisConfiguration, deadline: MonotonicTime) throws {
         let operation = "connect to \(configuration)"
-        var commands = [["SELECT", String(configuration.database)]]
         if let password = configuration.password {
-            commands.insert(["AUTH"] + (configuration.username.map { [$0] } ?? []) + [password], at: 0)
-        }
-        for command in commands {
-            output += RedisCommand(command).bytes
-            var replies: [RedisReply] = []
-            while replies.isEmpty {
-                try write()
-                replies = try read()
-                guard replies.isEmpty else { break }
-                guard Socket.wait(descriptor, toWrite: written < output.count, until: deadline) else {
-                    throw EventsError(.connectionFailed, "no answer in time", operation: operation)
-                }
-            }
-            if case .error(let text) = replies[0] {
-                // What a wrong password is called differs: WRONGPASS with an ACL, ERR invalid password before.
-                if command[0] == "AUTH", !text.hasPrefix("LOADING") {
-                    throw EventsError(.accessRefused, "Redis refuses the user or the password", operation: operation)
+            let user = configuration.username.map { [$0] } ?? []
+            if case .error(let text) = try wire.ask(["AUTH"] + user + [password], operation, deadline: deadline) {
+                guard text.hasPrefix("LOADING") else {
+                    // What a wrong password is called differs: WRONGPASS with an ACL, ERR invalid password before.
+                    throw EventsError(
+                        .accessRefused, "Redis refuses the user or the password", operation: operation)
                 }
                 throw RedisFailure.error(text, operation: operation)
             }
         }
+        let selected = try wire.ask(["SELECT", String(configuration.database)], operation, deadline: deadline)
+        if case .error(let text) = selected { throw RedisFailure.error(text, operation: operation) }
+        guard !configuration.sentinels.isEmpty else { return }
+        // Sentinels may be late: what they name may have become a replica.
+        let role = try wire.ask(["ROLE"], operation, deadline: deadline)
+        if case .error(let text) = role { throw RedisFailure.error(text, operation: operation) }
+        guard case .array(let parts) = role, parts.first?.text == "master" else {
+            throw EventsError(.storeUnavailable, "it is a replica: a failover is under way", operation: operation)
+        }
     }
 
     func round(now: MonotonicTime) throws -> Interest {
-        if written == output.count {
-            output.removeAll(keepingCapacity: output.count <= 1 << 20)
-            written = 0
-        }
-        connection.takeUnsent(into: &output)
-        try write()
+        try wire.write { connection.takeUnsent(into: &$0) }
         while true {
-            let replies = try read()
+            let replies = try wire.read()
             if replies.isEmpty { break }
             guard connection.replied(replies) else {
                 throw EventsError(.protocolViolation, "a reply that nobody asked for", operation: "redis")
             }
         }
-        return Interest(writable: written < output.count)
+        return Interest(writable: !wire.isFlushed)
     }
 
     func finish(_ error: (any Error)?) {
@@ -91,60 +103,6 @@ final class RedisDriver: ConnectionDriver {
         case nil: reason = EventsError(.closed, "the store was closed", operation: "redis")
         }
         connection.end(reason)
-        release()
+        wire.close()
     }
-
-    private func release() {
-        redisReaderFree(reader)
-        Socket.close(descriptor)
-    }
-
-    private func write() throws {
-        while written < output.count {
-            let transfer = output.withUnsafeBytes {
-                Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[written...]))
-            }
-            switch transfer {
-            case .bytes(let count): written += count
-            case .wouldBlock: return
-            case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
-            }
-        }
-    }
-
-    /// The replies that are complete after one read; none when the socket is silent.
-    private func read() throws -> [RedisReply] {
-        var replies: [RedisReply] = []
-        while replies.isEmpty {
-            switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
-            case .wouldBlock: return []
-            case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
-            case .bytes(let count):
-                pendingInput += count
-                guard pendingInput <= Self.replyLimit else {
-                    throw EventsError(.protocolViolation, "a reply of more than 64 MiB", operation: "redis")
-                }
-                let status = input.withUnsafeBytes {
-                    redisReaderFeed(reader, $0.baseAddress?.assumingMemoryBound(to: CChar.self), count)
-                }
-                guard status == REDIS_OK else { throw Self.malformed }
-                while let reply = try nextReply() {
-                    replies.append(reply)
-                    pendingInput = 0
-                }
-            }
-        }
-        return replies
-    }
-
-    private func nextReply() throws -> RedisReply? {
-        var raw: UnsafeMutableRawPointer?
-        guard redisReaderGetReply(reader, &raw) == REDIS_OK else { throw Self.malformed }
-        guard let raw else { return nil }
-        defer { freeReplyObject(raw) }
-        // Sound: the reader was made with hiredis's own functions, which make redisReply objects.
-        return RedisReply(UnsafePointer(raw.assumingMemoryBound(to: redisReply.self)))
-    }
-
-    private static let malformed = EventsError(.protocolViolation, "a malformed reply", operation: "redis")
 }

@@ -67,7 +67,16 @@ import Testing
                 return try await store.pendingFinishes(limit: 1, deadline: .now + .seconds(20)).isEmpty
             }
 
+            /// False where it has not begun, or has just died.
+            func signal(_ signal: Int32, worker: Int) -> Bool {
+                guard let text = try? String(contentsOfFile: "\(folder)/pid-\(worker)", encoding: .utf8),
+                    let process = pid_t(text.trimmingCharacters(in: .whitespacesAndNewlines))
+                else { return false }
+                return kill(process, signal) == 0
+            }
+
             let isEnding = Locked(false)
+            let running = Locked(workers)
             let killed = Locked(0)
             let observed = try await Subprocess.run(
                 .name("sh"),
@@ -82,8 +91,9 @@ import Testing
                     try await withThrowingTaskGroup { group in
                         for worker in 1...workers {
                             group.addTask {
+                                defer { running.withLock { $0 -= 1 } }
                                 // Started again whenever it has died, as an orchestrator does.
-                                while !isEnding.withLock({ $0 }) {
+                                while !isEnding.withLock({ $0 }), !Task.isCancelled {
                                     let run = try await Program.run(
                                         Program.built("smap-events-bench"),
                                         [
@@ -109,24 +119,16 @@ import Testing
                                 let done = try await tracker.progress(of: ProjectID("big"))?.done ?? 0
                                 return done >= round * size + Int.random(in: 1..<size / 2)
                             }
-                            let worker = Int.random(in: 1...workers)
                             try await eventually("a worker is killed") {
-                                let text = try String(contentsOfFile: "\(folder)/pid-\(worker)", encoding: .utf8)
-                                guard let process = pid_t(text.trimmingCharacters(in: .whitespacesAndNewlines)) else {
-                                    return false
-                                }
-                                return kill(process, SIGKILL) == 0
+                                signal(SIGKILL, worker: Int.random(in: 1...workers))
                             }
                             killed.withLock { $0 += 1 }
                         }
                         try await eventually("all is counted and published", within: .seconds(120), isOver)
                         isEnding.withLock { $0 = true }
-                        for worker in 1...workers {
-                            // One that has just died ends by itself.
-                            let text = try String(contentsOfFile: "\(folder)/pid-\(worker)", encoding: .utf8)
-                            if let process = pid_t(text.trimmingCharacters(in: .whitespacesAndNewlines)) {
-                                kill(process, SIGTERM)
-                            }
+                        try await eventually("the workers end") {
+                            for worker in 1...workers { _ = signal(SIGTERM, worker: worker) }
+                            return running.withLock { $0 } == 0
                         }
                         try await group.waitForAll()
                     }

@@ -229,7 +229,8 @@ import Testing
 
     /// As the README documents them.
     private static let permissions = [
-        "~smap:proj:*", "~{smap:proj:*", "~smap:finish:pending", "&{smap:proj:*", "+select", "+ping", "+info",
+        "~smap:proj:*", "~{smap:proj:*", "~smap:finish:pending", "&{smap:proj:*", "+select", "+ping", "+info", "+role",
+        "+role",
         "+script|load", "+eval", "+evalsha", "+scan", "+srandmember", "+subscribe", "+unsubscribe", "+publish", "+time",
         "+exists", "+del", "+expire", "+persist", "+ttl", "+hmget", "+hget", "+hset", "+hdel", "+hlen", "+hexists",
         "+hgetall", "+hincrby", "+getbit", "+setbit", "+sadd", "+srem", "+sismember",

@@ -56,7 +56,23 @@ import Testing
             ).database == 1)
     }
 
-    @Test(arguments: [["REDIS_PORT": "x"], ["REDIS_PORT": "70000"], ["REDIS_STATE_DB": "-1"]])
+    @Test func `sentinels are read from one setting, each with its port or the usual one`() throws {
+        let reader = ConfigReader(
+            provider: EnvironmentVariablesProvider(environmentVariables: [
+                "REDIS_SENTINELS": "a:1, b,[::1]:3,[::2]", "REDIS_MASTER_NAME": "state",
+                "REDIS_SENTINEL_PASSWORD": "s3cret", "REDIS_USERNAME": "u", "REDIS_PASSWORD": "p",
+            ]))
+        let configuration = try RedisConfiguration(reader: reader)
+        #expect(configuration.sentinels.map(\.host) == ["a", "b", "::1", "::2"])
+        #expect(configuration.sentinels.map(\.port) == [1, 26_379, 3, 26_379])
+        #expect("\(configuration)" == "state@a:1,b:26379,[::1]:3,[::2]:26379/1")
+        #expect(configuration.username == "u" && configuration.sentinelPassword == "s3cret")
+    }
+
+    @Test(arguments: [
+        ["REDIS_PORT": "x"], ["REDIS_PORT": "70000"], ["REDIS_STATE_DB": "-1"], ["REDIS_SENTINELS": "a:x"],
+        ["REDIS_SENTINELS": "a:0"], ["REDIS_USERNAME": "u"],
+    ])
     func `a wrong setting is refused by its name`(variables: [String: String]) {
         let reader = ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: variables))
         let error = #expect(throws: EventsError.self) { try RedisConfiguration(reader: reader) }

@@ -1,0 +1,106 @@
+internal import CHiredis
+internal import ConnectionThread
+internal import SMAPEvents
+
+/// A socket to a Redis server, with hiredis as the codec. For one thread at a time.
+///
+/// hiredis does not touch the socket: it would write with `write()`, and a broken connection would raise SIGPIPE and kill
+/// the process.
+final class RedisWire {
+    /// The reader has no limit of its own. No reply of ours comes near this.
+    private static let replyLimit = 64 << 20
+
+    let descriptor: Int32
+    private let reader: UnsafeMutablePointer<redisReader>
+    private var output: [UInt8] = []
+    private var written = 0
+    private var input = [UInt8](repeating: 0, count: 64 * 1024)
+    private var pendingInput = 0
+
+    /// Connects; blocks, bounded by the deadline.
+    init(_ address: RedisConfiguration.Address, deadline: MonotonicTime) throws {
+        let descriptor = try Socket.connect(host: address.host, port: address.port, deadline: deadline)
+        guard let reader = redisReaderCreate() else {
+            Socket.close(descriptor)
+            throw SocketError(.outOfDescriptors, "out of memory")
+        }
+        self.descriptor = descriptor
+        self.reader = reader
+    }
+
+    /// To be called once, at the end.
+    func close() {
+        redisReaderFree(reader)
+        Socket.close(descriptor)
+    }
+
+    /// Whether all that was to be written is.
+    var isFlushed: Bool { written == output.count }
+
+    /// Lets `append` add to what is to be written, and writes what the socket takes.
+    func write(_ append: (inout [UInt8]) -> Void = { _ in }) throws {
+        if isFlushed {
+            output.removeAll(keepingCapacity: output.count <= 1 << 20)
+            written = 0
+        }
+        append(&output)
+        while written < output.count {
+            let transfer = output.withUnsafeBytes {
+                Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[written...]))
+            }
+            switch transfer {
+            case .bytes(let count): written += count
+            case .wouldBlock: return
+            case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
+            }
+        }
+    }
+
+    /// Sends one command and waits for its reply; blocks, bounded by the deadline.
+    func ask(_ arguments: [String], _ operation: String, deadline: MonotonicTime) throws -> RedisReply {
+        try write { $0 += RedisCommand(arguments).bytes }
+        while true {
+            if let reply = try read().first { return reply }
+            guard Socket.wait(descriptor, toWrite: !isFlushed, until: deadline) else {
+                throw EventsError(.connectionFailed, "no answer in time", operation: operation)
+            }
+            try write()
+        }
+    }
+
+    /// The replies that are complete after one read; none when the socket is silent.
+    func read() throws -> [RedisReply] {
+        var replies: [RedisReply] = []
+        while replies.isEmpty {
+            switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
+            case .wouldBlock: return []
+            case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
+            case .bytes(let count):
+                pendingInput += count
+                guard pendingInput <= Self.replyLimit else {
+                    throw EventsError(.protocolViolation, "a reply of more than 64 MiB", operation: "redis")
+                }
+                let status = input.withUnsafeBytes {
+                    redisReaderFeed(reader, $0.baseAddress?.assumingMemoryBound(to: CChar.self), count)
+                }
+                guard status == REDIS_OK else { throw Self.malformed }
+                while let reply = try nextReply() {
+                    replies.append(reply)
+                    pendingInput = 0
+                }
+            }
+        }
+        return replies
+    }
+
+    private func nextReply() throws -> RedisReply? {
+        var raw: UnsafeMutableRawPointer?
+        guard redisReaderGetReply(reader, &raw) == REDIS_OK else { throw Self.malformed }
+        guard let raw else { return nil }
+        defer { freeReplyObject(raw) }
+        // Sound: the reader was made with hiredis's own functions, which make redisReply objects.
+        return RedisReply(UnsafePointer(raw.assumingMemoryBound(to: redisReply.self)))
+    }
+
+    private static let malformed = EventsError(.protocolViolation, "a malformed reply", operation: "redis")
+}
