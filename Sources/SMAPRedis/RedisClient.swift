@@ -127,7 +127,9 @@ final class RedisClient: Sendable {
         do {
             let reply = try await connection.send(RedisCommand(arguments), deadline: MonotonicTime(deadline))
             // A replica that was a master, or a master that has become one: the next call connects anew.
-            if case .error(let text) = reply, text.hasPrefix("READONLY") { connection.abandon() }
+            if case .error(let text) = reply, text.hasPrefix("READONLY") {
+                connection.drop("the master has become a replica")
+            }
             return reply
         } catch let error as EventsError where error.operation == "redis" {
             throw EventsError(

@@ -76,6 +76,12 @@ final class RedisConnection: Sendable {
         thread?.stop()
     }
 
+    /// Ends it so that the next call connects anew; what is under way ends as retriable.
+    func drop(_ reason: String) {
+        end(EventsError(.connectionLost, reason, operation: "redis"))
+        thread?.stop()
+    }
+
     /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
     func end(_ error: EventsError) {
         closed.store(true, ordering: .releasing)
@@ -116,8 +122,7 @@ final class RedisConnection: Sendable {
         answers.give()
         // A master that is silent may be one no longer: the next call asks the sentinels again.
         if !answers.calls.isEmpty, !configuration.sentinels.isEmpty {
-            end(EventsError(.connectionLost, "the master does not answer", operation: "redis"))
-            thread?.stop()
+            drop("the master does not answer")
         }
         return next == .distantFuture ? nil : next
     }

@@ -321,6 +321,120 @@ import Testing
         }
     }
 
+    private func withRedis(
+        _ arguments: [String], _ body: (LocalStack, RedisProgressStore) async throws -> Void
+    ) async throws {
+        var options = LocalStack.Options()
+        options.rabbitMQ = false
+        options.redisArguments = arguments
+        try await LocalStack.withStack(options) { stack in
+            let store = try RedisProgressStore(
+                configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
+            try await body(stack, store)
+            await store.close()
+        }
+    }
+
+    @Test func `what a Redis with append-only on has answered is there after kill -9`() async throws {
+        try await withRedis(["--appendonly", "yes", "--appendfsync", "always"]) { stack, store in
+            let tracker = ProgressTracker(store: store, deadline: .seconds(5))
+            let project = try ProjectID("killed")
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 5_000)
+            let answered = Locked<Set<Int>>([])
+            let failed = Locked(0)
+            try await withThrowingTaskGroup { group in
+                for task in 0..<8 {
+                    group.addTask {
+                        for index in stride(from: task, to: 5_000, by: 8) {
+                            do {
+                                try await tracker.advance(project, item: .index(index), outcome: .success)
+                                answered.withLock { _ = $0.insert(index) }
+                            } catch let error as EventsError where error.isRetriable {
+                                failed.withLock { $0 += 1 }
+                                return
+                            }
+                        }
+                    }
+                }
+                try await eventually("it counts") { answered.withLock { $0.count } > 1_000 }
+                try await stack.kill(.redis)
+                try await group.waitForAll()
+            }
+            #expect(failed.withLock { $0 } == 8, "each of them noticed")
+            try await stack.restart(.redis)
+            let known = answered.withLock { $0 }
+            // Nothing that was answered counts again; what was under way may have been counted or not.
+            for index in known.sorted() {
+                let update = try await tracker.advance(project, item: .index(index), outcome: .success)
+                #expect(update.verdict == .duplicate)
+            }
+            let done = try #require(try await tracker.progress(of: project)?.done)
+            #expect(done >= known.count && done <= known.count + 8)
+            for index in 0..<5_000 { try await tracker.advance(project, item: .index(index), outcome: .success) }
+            #expect(try await tracker.progress(of: project)?.status == .done)
+        }
+    }
+
+    @Test func `a Redis that is full refuses before anything is written, and goes on when there is room`() async throws
+    {
+        try await withRedis([]) { stack, store in
+            func limit(_ value: String) async throws {
+                _ = try await Program.run(
+                    "redis-cli", ["-p", "\(stack.redisPort)", "CONFIG", "SET", "maxmemory", value])
+            }
+            let tracker = ProgressTracker(store: store)
+            let project = try ProjectID("full")
+            try await tracker.start(project)
+            try await tracker.seal(project, total: 2)
+            try await tracker.advance(project, item: .index(0), outcome: .success)
+            let other = try ProjectID("empty")
+            try await tracker.start(other)
+            try await tracker.seal(other, total: 0)
+            try await limit("1")
+            let error = await #expect(throws: EventsError.self) {
+                try await tracker.advance(project, item: .index(1), outcome: .success)
+            }
+            #expect(error?.code == .storeFull && error?.isRetriable == true)
+            #expect(try await tracker.progress(of: project)?.done == 1, "reading goes on")
+            // Clearing gives room.
+            let finish = try #require(try await store.pendingFinishes(of: other, deadline: .now + .seconds(5)).first)
+            #expect(try await store.clear(finish, deadline: .now + .seconds(5)))
+            try await limit("0")
+            #expect(try await tracker.advance(project, item: .index(1), outcome: .success).didFinish)
+        }
+    }
+
+    @Test func `a project lives on while it is updated, and goes with its family when it is idle`() async throws {
+        let port = try await SharedStack.current.redisPort
+        var configuration = RedisConfiguration(host: "127.0.0.1", port: port, database: 10)
+        configuration.timeToLive = .seconds(2)
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let tracker = ProgressTracker(store: store)
+            let project = try ProjectID("idle")
+            try await tracker.start(project)
+            try await tracker.expect(1_000_000, of: project, batch: "all")
+            let start = ContinuousClock.now
+            var index = 0
+            // Longer than it would live if it were left alone.
+            while ContinuousClock.now - start < .seconds(4) {
+                try await tracker.advance(project, item: .index(index), outcome: index == 0 ? .failure : .success)
+                index += 1
+                try await Task.sleep(for: .milliseconds(20))
+            }
+            #expect(try await tracker.progress(of: project)?.done == index)
+            try await eventually("it goes") { try await tracker.progress(of: project) == nil }
+            try await eventually("nothing is left of it") {
+                try await Program.run("redis-cli", ["-p", "\(port)", "-n", "10", "DBSIZE"]).output.hasPrefix("0")
+            }
+            let error = await #expect(throws: EventsError.self) {
+                try await tracker.advance(project, item: .index(index), outcome: .success)
+            }
+            #expect(error?.code == .unknownProject)
+            #expect(try await store.projects(after: nil, deadline: .now + .seconds(5)).projects.isEmpty)
+        }
+    }
+
     @Test func `while the broker is away sweeps become rarer, and what is pending goes out when it is back`()
         async throws
     {

@@ -107,7 +107,9 @@ import Testing
         await store.close()
     }
 
-    @Test(arguments: [["done", "many"], ["total", "-1"], ["errors", "1e3"], ["done", "1234567890123456"]])
+    @Test(arguments: [
+        ["done", "many"], ["total", "-1"], ["errors", "1e3"], ["done", "1234567890123456"], ["done", "007"],
+    ])
     func `junk in a counter is a typed error, and nothing is written`(field: [String]) async throws {
         let store = try await SharedStack.store()
         let tracker = ProgressTracker(store: store)
@@ -136,6 +138,55 @@ import Testing
         let update = try await tracker.advance(project, item: .index(0), outcome: .success)
         #expect(update.verdict == .memoryLost)
         #expect(update.progress.done == 1)
+        await store.close()
+    }
+
+    @Test func `when a part of the memory is gone nothing counts twice either, batches included`() async throws {
+        let store = try await SharedStack.store()
+        let tracker = ProgressTracker(store: store)
+        let project = try ProjectID("part_\(EventID())")
+        try await tracker.start(project)
+        try await tracker.expect(5, of: project, batch: "all")
+        try await tracker.advance(project, item: .index(0), outcome: .success)
+        try await tracker.advance(project, item: .index(3), outcome: .failure)
+        _ = try await redis("DEL", "{smap:proj:\(project)}:ok", "{smap:proj:\(project)}:batches")
+        for (index, outcome) in [(0, ItemOutcome.success), (3, .success), (0, .success)] {
+            let update = try await tracker.advance(project, item: .index(index), outcome: outcome)
+            #expect(update.verdict == .memoryLost && update.progress.done == 2 && update.progress.errors == 1)
+        }
+        let error = await #expect(throws: EventsError.self) { try await tracker.expect(5, of: project, batch: "all") }
+        #expect(error?.code == .corruptProgress)
+        #expect(try await tracker.progress(of: project)?.total == 5)
+        await store.close()
+    }
+
+    @Test func `a status that a sibling writes undoes neither a seal, a finish nor a cancellation`() async throws {
+        let store = try await SharedStack.store()
+        let tracker = ProgressTracker(store: store)
+        let (cancelled, done, foreign) = (
+            try ProjectID("cancelled_\(EventID())"), try ProjectID("done_\(EventID())"),
+            try ProjectID("foreign_\(EventID())")
+        )
+        try await tracker.start(cancelled)
+        try await tracker.seal(cancelled, total: 1)
+        try await tracker.cancel(cancelled)
+        try await tracker.start(done)
+        try await tracker.seal(done, total: 0)
+        for project in [cancelled, done] { _ = try await redis("HSET", "smap:proj:\(project)", "status", "CRAWLING") }
+        let update = try await tracker.advance(cancelled, item: .index(0), outcome: .success)
+        #expect(update.verdict == .counted && update.progress.status == .failed)
+        #expect(try await store.pendingFinishes(of: cancelled, deadline: .now + .seconds(5)).isEmpty)
+        #expect(try await tracker.progress(of: done)?.status == .done)
+        #expect(try await tracker.restart(cancelled, from: 1).verdict == .restarted)
+        _ = try await redis("HSET", "smap:proj:\(foreign)", "status", "PROCESSING_WAIT", "total", "1")
+        #expect(try await tracker.advance(foreign, item: .index(0), outcome: .success).didFinish)
+        let late = try await tracker.advance(foreign, item: .index(7), outcome: .success)
+        #expect(late.verdict == .unexpectedItem && late.progress.done == 1 && late.progress.isSealed)
+        // The hash goes while the finish is pending: what is left of the family goes too.
+        _ = try await redis("DEL", "smap:proj:\(foreign)")
+        let finish = try #require(try await store.pendingFinishes(of: foreign, deadline: .now + .seconds(5)).first)
+        #expect(try await store.clear(finish, deadline: .now + .seconds(5)))
+        #expect(try #require(Int(try await redis("TTL", "{smap:proj:\(foreign)}:ok"))) > 0)
         await store.close()
     }
 

@@ -122,13 +122,12 @@ public final class FinishLine: Service {
     }
 
     /// Publishes the finishes that are pending now, of at most ``Configuration/batch`` projects, and returns how many; and
-    /// looks at a page of all projects for those that a sibling has moved past their line.
+    /// looks at some of all projects for those that a sibling has moved past their line.
     ///
     /// Throws the first error. Errors of one project do not keep it from the others; when the broker or the store cannot be
     /// reached it ends at once.
     @discardableResult
     public func sweep() async throws -> Int {
-        try await settlePage()
         var failure: (any Error)?
         var published = 0
         let projects = try await store.pendingFinishes(
@@ -140,28 +139,49 @@ public final class FinishLine: Service {
                 failure = failure ?? error
             }
         }
+        // After them: where nothing can be written any more, what is pending can still be published and cleared.
+        for project in try await settlePages() where !isStopping { published += try await publishPending(of: project) }
         if let failure { throw failure }
         return published
     }
 
     /// Errors of one project, that say nothing of the others.
     private static let isAboutOne: Set<EventsError.Code> = [
-        .unroutable, .nacked, .corruptProgress, .invalidEvent, .invalidName, .eventTooLarge,
+        .unroutable, .nacked, .corruptProgress, .invalidEvent, .invalidName, .eventTooLarge, .protocolViolation,
+        .storeFull,
     ]
 
-    private func settlePage() async throws {
+    /// The projects that have been finished by it.
+    private func settlePages() async throws -> [ProjectID] {
+        // Several pages, where the database holds much else.
+        let end = ContinuousClock.now + min(configuration.interval / 10, .milliseconds(500))
+        var finished: [ProjectID] = []
+        repeat {
+            finished += try await settle(try await nextPage())
+        } while cursor.withLock { $0 } != nil && ContinuousClock.now < end && !isStopping
+        return finished
+    }
+
+    private func nextPage() async throws -> ProjectPage {
         let page = try await store.projects(
             after: cursor.withLock { $0 }, deadline: .now + configuration.deadline)
+        cursor.withLock { $0 = page.next }
+        return page
+    }
+
+    private func settle(_ page: ProjectPage) async throws -> [ProjectID] {
+        var finished: [ProjectID] = []
         for project in page.projects where !isStopping {
             do {
-                _ = try await store.settle(
+                let update = try await store.settle(
                     project, finishEventID: EventID(), deadline: .now + configuration.deadline)
+                if update.didFinish { finished.append(project) }
             } catch let error as EventsError where Self.isAboutOne.contains(error.code) {
                 // Not ours, or damaged: `track reconcile` tells.
                 logger.debug("a project cannot be looked at", metadata: ["project": "\(project)"])
             }
         }
-        cursor.withLock { $0 = page.next }
+        return finished
     }
 
     /// Called by a tracker whose operation finished a project.

@@ -51,7 +51,8 @@ public struct ProgressTracker: Sendable {
     /// Adds `count` items to a project's total, once per batch key.
     ///
     /// - Parameter batch: Names this batch, 1 to 512 bytes; repeated, it changes nothing.
-    /// - Throws: ``EventsError/Code/alreadySealed``, ``EventsError/Code/unknownProject``.
+    /// - Throws: ``EventsError/Code/alreadySealed``, ``EventsError/Code/unknownProject``;
+    ///   ``EventsError/Code/corruptProgress`` when the store has forgotten which batches it has counted.
     @discardableResult
     public func expect(_ count: Int, of project: ProjectID, batch: String) async throws -> ProgressUpdate {
         try Self.require(Self.totals.contains(count), "a count is 0 to 10^12", "expect")
@@ -226,6 +227,8 @@ public struct ProgressTracker: Sendable {
             case .totalBelowDone: (.totalBelowDone, "the total is below the \(update.progress.done) items done")
             case .itemKindMismatch: (.itemKindMismatch, "its items are counted the other way, by index or by name")
             case .corrupt: (.corruptProgress, "a field of the hash is no number, or the hash is incomplete")
+            case .memoryLost where operation == "expect":
+                (.corruptProgress, "the batches that it has counted are forgotten")
             case .stageMismatch:
                 (.stageMismatch, "its layout is \(update.progress.layout): there is no such stage")
             case .notFinished: (.notFinished, "it is \(update.progress.status) still: fail or cancel it first")

@@ -21,15 +21,19 @@ package struct TrackerScript: Sendable {
         local main, batches, pending, index = KEYS[1], KEYS[4], KEYS[5], KEYS[6]
 
         local h = redis.call('HMGET', main, 'status', 'total', 'done', 'errors', '_layout', '_sealed', '_finished',
-            '_finish_id', '_kind', '_started_ms', '_gen', '_reason', '_cancelled', '_items', '_failed', 'crawl_total')
+            '_finish_id', '_kind', '_started_ms', '_gen', '_reason', '_cancelled', '_items', '_failed', 'crawl_total',
+            '_batches')
         local status, finished, finish_id, kind = h[1], h[7] == '1', h[8], h[9]
         -- What a sibling calls this is sealed too.
         local sealed = h[6] == '1' or status == 'PROCESSING_WAIT'
 
-        -- Siblings leave out counters that are zero; anything but digits is junk.
+        -- Given up by us: a sibling may have written another status since.
+        local abandoned = h[13]
+
+        -- Siblings leave out counters that are zero; anything but digits is junk, and so is what HINCRBY refuses.
         local function number(text)
           if not text then return 0 end
-          if #text > 15 or not string.match(text, '^%d+$') then return nil end
+          if #text > 15 or (text ~= '0' and not string.match(text, '^[1-9]%d*$')) then return nil end
           return tonumber(text)
         end
         local function whole(n) return string.format('%.0f', n) end
@@ -74,8 +78,9 @@ package struct TrackerScript: Sendable {
           if known and (status ~= old_status or percent() ~= old_percent) then
             redis.pcall('PUBLISH', '{' .. main .. '}:progress', status)
           end
-          local answer = {verdict, items or '', status or '', layout, sealed and 1 or 0, generation or 0,
-            finished and finish_id or '', h[13] == '1' and 1 or 0, h[12] or ''}
+          local shown = finished and 'DONE' or abandoned and 'FAILED' or status or ''
+          local answer = {verdict, items or '', shown, layout, sealed and 1 or 0, generation or 0,
+            finished and finish_id or '', abandoned == '1' and 1 or 0, h[12] or ''}
           for _, s in ipairs(stages) do
             answer[#answer + 1] = s.total or 0
             answer[#answer + 1] = s.done and s.errors and settled(s) or 0
@@ -100,7 +105,7 @@ package struct TrackerScript: Sendable {
 
         -- A sibling that has set DONE has finished the project in its own way: there is no second finish.
         local function may_finish()
-          if not sealed or finished or status == 'DONE' or status == 'FAILED' then return false end
+          if not sealed or finished or abandoned or status == 'DONE' or status == 'FAILED' then return false end
           for _, s in ipairs(stages) do
             if settled(s) < s.total then return false end
           end
@@ -126,7 +131,7 @@ package struct TrackerScript: Sendable {
             total, done, errors = total + s.total, done + settled(s), errors + s.errors
           end
           finished, status, finish_id = true, 'DONE', finish_id or candidate
-          redis.call('HSET', main, 'status', 'DONE', '_finished', '1', '_finish_id', finish_id)
+          redis.call('HSET', main, 'status', 'DONE', '_finished', '1', '_sealed', '1', '_finish_id', finish_id)
           redis.call('HSET', pending, finish_id, whole(generation) .. ' ' .. whole(now) .. ' ' .. string.format(
               '{"total":%.0f,"done":%.0f,"errors":%.0f,"duration_seconds":%.3f}', total, done, errors, seconds))
           redis.call('SADD', index, project)
@@ -166,13 +171,15 @@ package struct TrackerScript: Sendable {
         local from = tonumber(ARGV[4])
         if generation == from + 1 then return reply('exists') end
         if generation ~= from then return reply(generation > from and 'stale' or 'unknownProject') end
-        if not finished and status ~= 'DONE' and status ~= 'FAILED' then return reply('notFinished') end
+        if not finished and not abandoned and status ~= 'DONE' and status ~= 'FAILED' then
+          return reply('notFinished')
+        end
         redis.call('HLEN', pending)
         redis.call('DEL', KEYS[2], KEYS[3], batches, KEYS[7], KEYS[8])
         redis.call('HDEL', main, '_sealed', '_finished', '_kind', '_items', '_failed', '_items2', '_failed2',
-          '_reason', '_cancelled')
+          '_reason', '_cancelled', '_batches')
         generation, status, sealed, finished, finish_id = generation + 1, 'INITIALIZING', false, false, ARGV[3]
-        h[12], h[13] = false, false
+        h[12], abandoned = false, false
         redis.call('HSET', main, 'status', status, '_layout', layout, '_gen', whole(generation), '_finish_id', finish_id,
           '_started_ms', whole(now_ms()))
         for _, s in ipairs(stages) do
@@ -190,13 +197,14 @@ package struct TrackerScript: Sendable {
         if missing then return reply('unknownProject') end
         if corrupt then return reply('corrupt') end
         if redis.call('SISMEMBER', batches, ARGV[4]) == 1 then return reply('duplicate') end
-        if finished or status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
+        if finished or abandoned or status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
         if sealed then return reply('alreadySealed') end
+        if h[17] and redis.call('EXISTS', batches) == 0 then return reply('memoryLost') end
         local sum = first.total + tonumber(ARGV[3])
         if sum > 999999999999999 then return redis.error_reply('ERR the total has more than 15 digits') end
         first.total = sum
         redis.call('SADD', batches, ARGV[4])
-        redis.call('HSET', main, first.prefix .. 'total', whole(sum))
+        redis.call('HSET', main, first.prefix .. 'total', whole(sum), '_batches', '1')
         if status == 'INITIALIZING' then
           status = layout == 'stages' and 'PROCESSING' or 'CRAWLING'
           redis.call('HSET', main, 'status', status)
@@ -216,7 +224,7 @@ package struct TrackerScript: Sendable {
           if final ~= first.total then return reply('alreadyFinished') end
           return reply(is_pending() and 'finishPending' or 'duplicate')
         end
-        if status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
+        if abandoned or status == 'DONE' or status == 'FAILED' then return reply('alreadyFinished') end
         if final < settled(first) then return reply('totalBelowDone') end
         check_finish_keys(ARGV[4])
         first.total, sealed, status = final, true, 'PROCESSING'
@@ -277,7 +285,9 @@ package struct TrackerScript: Sendable {
           local failed, item = string.sub(ARGV[i], 1, 1) == 'f', string.sub(ARGV[i], 2)
           local was_ok, was_err = redis.call(get, s.ok, item) == 1, redis.call(get, s.err, item) == 1
           local verdict
-          if was_err and not was_ok and not failed then
+          if lost and not was_ok and not (was_err and failed) then
+            verdict = 'memoryLost'
+          elseif was_err and not was_ok and not failed then
             remember(s.ok, item, true)
             remember(s.err, item, false)
             move('_failed' .. s.suffix, -1)
@@ -289,8 +299,6 @@ package struct TrackerScript: Sendable {
             verdict = 'reclassified'
           elseif was_ok or was_err then
             verdict = finished and over() or 'duplicate'
-          elseif lost then
-            verdict = 'memoryLost'
           elseif not has_room(item) then
             verdict = 'unexpectedItem'
           else
@@ -330,10 +338,13 @@ package struct TrackerScript: Sendable {
         if corrupt then return reply('corrupt') end
         if finished or status == 'DONE' then return reply('alreadyFinished') end
         local is_cancel = ARGV[3] == 'cancelled'
-        if status == 'FAILED' then return reply((h[13] == '1') == is_cancel and ARGV[3] or 'alreadyFinished') end
-        status = 'FAILED'
-        h[12], h[13] = ARGV[4], is_cancel and '1' or '0'
-        redis.call('HSET', main, 'status', status, '_reason', ARGV[4], '_cancelled', h[13])
+        if abandoned or status == 'FAILED' then
+          return reply((abandoned == '1') == is_cancel and ARGV[3] or 'alreadyFinished')
+        end
+        status, h[12], abandoned = 'FAILED', ARGV[4], is_cancel and '1' or '0'
+        redis.call('HSET', main, 'status', status, '_reason', ARGV[4], '_cancelled', abandoned)
+        -- A sibling's seal was in the status.
+        if sealed then redis.call('HSET', main, '_sealed', '1') end
         touch(ARGV[1])
         return reply(ARGV[3])
         """)
@@ -421,7 +432,12 @@ package struct TrackerScript: Sendable {
         local was = redis.call('HDEL', pending, ARGV[3])
         if redis.call('EXISTS', pending) == 0 then
           redis.call('SREM', index, ARGV[4])
-          if was == 1 and known then touch(ARGV[1]) end
+          -- Also where the hash is gone or damaged: the finish has made the whole family stay.
+          if was == 1 then
+            for _, key in ipairs(KEYS) do
+              if key ~= index then redis.call('EXPIRE', key, ARGV[1]) end
+            end
+          end
         end
         return was
         """)
