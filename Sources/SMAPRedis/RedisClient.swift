@@ -27,7 +27,8 @@ final class RedisClient: Sendable {
     }
 
     deinit {
-        if case .connection(let connection) = slot.withLock({ $0 }) { connection.abandon() }
+        guard case .connection(let connection) = slot.withLock({ $0 }) else { return }
+        connection.drop(EventsError(.closed, "the store is gone", operation: "redis"))
     }
 
     /// Closes the connection. Every later call throws `closed`.
@@ -128,7 +129,7 @@ final class RedisClient: Sendable {
             let reply = try await connection.send(RedisCommand(arguments), deadline: MonotonicTime(deadline))
             // A replica that was a master, or a master that has become one: the next call connects anew.
             if case .error(let text) = reply, text.hasPrefix("READONLY") {
-                connection.drop("the master has become a replica")
+                connection.drop(because: "the master has become a replica")
             }
             return reply
         } catch let error as EventsError where error.operation == "redis" {

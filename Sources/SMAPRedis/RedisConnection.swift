@@ -65,22 +65,18 @@ final class RedisConnection: Sendable {
 
     /// Ends the connection; whatever is under way fails.
     func close() async {
-        end(EventsError(.closed, "the store was closed", operation: "redis"))
-        thread?.stop()
+        drop(EventsError(.closed, "the store was closed", operation: "redis"))
         await thread?.join()
     }
 
-    /// As ``close()``, without waiting.
-    func abandon() {
-        end(EventsError(.closed, "the store is gone", operation: "redis"))
+    /// Ends the connection without waiting for that; whatever is under way fails with `error`.
+    func drop(_ error: EventsError) {
+        end(error)
         thread?.stop()
     }
 
-    /// Ends it so that the next call connects anew; what is under way ends as retriable.
-    func drop(_ reason: String) {
-        end(EventsError(.connectionLost, reason, operation: "redis"))
-        thread?.stop()
-    }
+    /// Ends the connection so that the next call opens another; whatever is under way fails, and can be repeated.
+    func drop(because reason: String) { drop(EventsError(.connectionLost, reason, operation: "redis")) }
 
     /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
     func end(_ error: EventsError) {
@@ -122,7 +118,7 @@ final class RedisConnection: Sendable {
         answers.give()
         // A master that is silent may be one no longer: the next call asks the sentinels again.
         if !answers.calls.isEmpty, !configuration.sentinels.isEmpty {
-            drop("the master does not answer")
+            drop(because: "the master does not answer")
         }
         return next == .distantFuture ? nil : next
     }

@@ -24,6 +24,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// Makes a store. Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public init(configuration: RedisConfiguration) throws {
+        try configuration.validate()
         let clients = try (0..<configuration.connections).map { _ in try RedisClient(configuration) }
         let timeToLive = String(configuration.timeToLive.components.seconds)
         let assumedLayout = configuration.assumedLayout
@@ -43,7 +44,7 @@ public final class RedisProgressStore: ProgressStore {
         (self.subscriptions, self.hub) = (subscriptions, hub)
     }
 
-    /// Closes the connection. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
+    /// Closes the connections. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
     public func close() async {
         for client in clients { await client.close() }
         await subscriptions.close()
@@ -121,7 +122,7 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func advance(
-        _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: ContinuousClock.Instant
+        _ project: ProjectID, _ items: AdvanceRequest, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
         var kind = "i"
         let reports = items.reports.map { report in

@@ -2,6 +2,7 @@ import ArgumentParser
 import Configuration
 import Foundation
 import SMAPEvents
+import SMAPEventsTesting
 import SMAPRabbitMQ
 import SMAPRedis
 
@@ -32,8 +33,14 @@ struct CounterCommand: AsyncParsableCommand {
         let reader = ConfigReader(provider: EnvironmentVariablesProvider())
         let rabbitMQ = try RabbitMQTransport(configuration: RabbitMQConfiguration(reader: reader))
         let fate = Fate(folder: budget, deaths: deaths)
-        let store = MortalStore(
-            store: try RedisProgressStore(configuration: RedisConfiguration(reader: reader)), fate: fate)
+        let store = InterceptedStore(try RedisProgressStore(configuration: RedisConfiguration(reader: reader))) {
+            switch $0 {
+            case .advance: fate.die(at: .beforeScript, chance: 0.01)
+            case .clear: fate.die(at: .confirmed)
+            }
+        } after: { update in
+            if update.didFinish { fate.die(at: .decided) } else { fate.die(at: .afterScript, chance: 0.01) }
+        }
         let publisher = MortalPublisher(
             publisher: EventPublisher(
                 transport: rabbitMQ, configuration: PublisherConfiguration(service: "counter")), fate: fate)
@@ -104,79 +111,6 @@ struct CounterCommand: AsyncParsableCommand {
             let receipt = try await publisher.publish(event, options: options)
             fate.die(at: .published)
             return receipt
-        }
-    }
-
-    struct MortalStore: ProgressStore {
-        typealias Instant = ContinuousClock.Instant
-        let store: RedisProgressStore
-        let fate: Fate
-
-        func advance(
-            _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            fate.die(at: .beforeScript, chance: 0.01)
-            let update = try await store.advance(project, items, finishEventID: finishEventID, deadline: deadline)
-            if update.didFinish { fate.die(at: .decided) } else { fate.die(at: .afterScript, chance: 0.01) }
-            return update
-        }
-        func clear(_ finish: PendingFinish, deadline: Instant) async throws -> Bool {
-            fate.die(at: .confirmed)
-            return try await store.clear(finish, deadline: deadline)
-        }
-
-        // Nobody dies in the others.
-        func health(deadline: Instant) async -> Health { await store.health(deadline: deadline) }
-        func start(
-            _ project: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.start(project, layout: layout, finishEventID: finishEventID, deadline: deadline)
-        }
-        func restart(
-            _ project: ProjectID, from generation: Int, finishEventID: EventID, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.restart(project, from: generation, finishEventID: finishEventID, deadline: deadline)
-        }
-        func expect(
-            _ count: Int, of project: ProjectID, batch: String, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.expect(count, of: project, batch: batch, deadline: deadline)
-        }
-        func seal(
-            _ project: ProjectID, total: Int?, finishEventID: EventID, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.seal(project, total: total, finishEventID: finishEventID, deadline: deadline)
-        }
-        func abandon(
-            _ project: ProjectID, isCancelled: Bool, reason: String, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.abandon(project, isCancelled: isCancelled, reason: reason, deadline: deadline)
-        }
-        func settle(
-            _ project: ProjectID, finishEventID: EventID, deadline: Instant
-        ) async throws -> ProgressUpdate {
-            try await store.settle(project, finishEventID: finishEventID, deadline: deadline)
-        }
-        func progress(of project: ProjectID, deadline: Instant) async throws -> ProjectProgress? {
-            try await store.progress(of: project, deadline: deadline)
-        }
-        func pendingFinishes(limit: Int, deadline: Instant) async throws -> [ProjectID] {
-            try await store.pendingFinishes(limit: limit, deadline: deadline)
-        }
-        func pendingFinishes(of project: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
-            try await store.pendingFinishes(of: project, deadline: deadline)
-        }
-        func updates(of project: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> {
-            store.updates(of: project)
-        }
-        func projects(after cursor: String?, deadline: Instant) async throws -> ProjectPage {
-            try await store.projects(after: cursor, deadline: deadline)
-        }
-        func inspect(
-            _ project: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: Instant
-        ) async throws -> ProjectFindings {
-            try await store.inspect(
-                project, finishEventID: finishEventID, isDryRun: isDryRun, deadline: deadline)
         }
     }
 }

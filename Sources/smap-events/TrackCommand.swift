@@ -7,7 +7,10 @@ struct TrackCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "track",
         abstract: "Read and move the progress of a project.",
-        discussion: "Every command prints the project's progress as a JSON object.",
+        discussion: """
+            Every command prints the project's progress as a JSON object, but for reconcile, which prints what it \
+            found. "done" counts failed items too, whatever the layout.
+            """,
         subcommands: [
             Start.self, Restart.self, Expect.self, Seal.self, Advance.self, Fail.self, Cancel.self, Show.self,
             Watch.self, Reconcile.self,

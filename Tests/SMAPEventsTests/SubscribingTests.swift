@@ -202,53 +202,12 @@ private let queue: QueueName = "test.queue"
 
     @Test func `a sweep repeated after the publish and before the clearing sends the same id`() async throws {
         struct Dies: Error {}
-        /// Dies between the confirm and the clearing.
-        struct DyingStore: ProgressStore {
-            func health(deadline: ContinuousClock.Instant) async -> Health { Health() }
-
-            let store: InMemoryProgressStore
-            typealias Instant = ContinuousClock.Instant
-            func start(
-                _ p: ProjectID, layout: ProgressLayout, finishEventID: EventID, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func restart(
-                _ p: ProjectID, from generation: Int, finishEventID: EventID, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func expect(
-                _ count: Int, of p: ProjectID, batch: String, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func seal(
-                _ p: ProjectID, total: Int?, finishEventID: EventID, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func advance(
-                _ p: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func abandon(
-                _ p: ProjectID, isCancelled: Bool, reason: String, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func settle(
-                _ p: ProjectID, finishEventID: EventID, deadline: Instant
-            ) async throws -> ProgressUpdate { throw Dies() }
-            func progress(of p: ProjectID, deadline: Instant) async throws -> ProjectProgress? { throw Dies() }
-            func pendingFinishes(limit: Int, deadline: Instant) async throws -> [ProjectID] {
-                try await store.pendingFinishes(limit: limit, deadline: deadline)
-            }
-            func pendingFinishes(of p: ProjectID, deadline: Instant) async throws -> [PendingFinish] {
-                try await store.pendingFinishes(of: p, deadline: deadline)
-            }
-            func updates(of p: ProjectID) -> AsyncThrowingStream<ProjectProgress, any Error> { store.updates(of: p) }
-            func projects(after cursor: String?, deadline: Instant) async throws -> ProjectPage {
-                ProjectPage(projects: [], next: nil)
-            }
-            func inspect(
-                _ p: ProjectID, finishEventID: EventID, isDryRun: Bool, deadline: Instant
-            ) async throws -> ProjectFindings { throw Dies() }
-            func clear(_ finish: PendingFinish, deadline: Instant) async throws -> Bool { throw Dies() }
-        }
         try await withoutFinishLine { harness in
             try await bind(harness.broker)
             let id = try await finished(harness)
-            let dying = FinishLine(store: DyingStore(store: harness.store), publisher: harness.publisher)
+            // Dies between the confirm and the clearing.
+            let store = InterceptedStore(harness.store) { if $0 == .clear { throw Dies() } }
+            let dying = FinishLine(store: store, publisher: harness.publisher)
             await #expect(throws: Dies.self) { try await dying.sweep() }
             try await finishLine(harness).sweep()
             #expect(harness.broker.messages(in: queue).map(\.properties.messageID) == [id.rawValue, id.rawValue])

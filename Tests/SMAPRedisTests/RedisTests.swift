@@ -56,6 +56,14 @@ import Testing
             ).database == 1)
     }
 
+    @Test(arguments: [-1, 0, 65])
+    func `a number of connections that cannot be is refused`(connections: Int) {
+        var configuration = RedisConfiguration()
+        configuration.connections = connections
+        let error = #expect(throws: EventsError.self) { try RedisProgressStore(configuration: configuration) }
+        #expect(error?.code == .invalidConfiguration)
+    }
+
     @Test func `sentinels are read from one setting, each with its port or the usual one`() throws {
         let reader = ConfigReader(
             provider: EnvironmentVariablesProvider(environmentVariables: [

@@ -26,15 +26,16 @@ public final class FinishLine: Service {
         /// How long each publish and store operation may take, 10 s by default.
         public var deadline: Duration
         /// How far apart sweeps are at most while they fail, a minute by default; they double up to that.
-        public var longestInterval: Duration = .seconds(60)
+        public var longestInterval: Duration
         /// Whether a finish stays pending until some queue receives it. On by default.
         public var requireRoute: Bool
 
         /// Describes a finish line.
         public init(
-            interval: Duration = .seconds(5), batch: Int = 100, deadline: Duration = .seconds(10),
-            requireRoute: Bool = true
+            interval: Duration = .seconds(5), longestInterval: Duration = .seconds(60), batch: Int = 100,
+            deadline: Duration = .seconds(10), requireRoute: Bool = true
         ) {
+            self.longestInterval = longestInterval
             self.interval = interval
             self.batch = batch
             self.deadline = deadline
@@ -130,17 +131,19 @@ public final class FinishLine: Service {
     public func sweep() async throws -> Int {
         var failure: (any Error)?
         var published = 0
-        let projects = try await store.pendingFinishes(
-            limit: configuration.batch, deadline: .now + configuration.deadline)
-        for project in projects where !isStopping {
-            do {
-                published += try await publishPending(of: project)
-            } catch let error as EventsError where Self.isAboutOne.contains(error.code) {
-                failure = failure ?? error
+        func publishAll(_ projects: [ProjectID]) async throws {
+            for project in projects where !isStopping {
+                do {
+                    published += try await publishPending(of: project)
+                } catch let error as EventsError where Self.isAboutOne.contains(error.code) {
+                    failure = failure ?? error
+                }
             }
         }
+        try await publishAll(
+            store.pendingFinishes(limit: configuration.batch, deadline: .now + configuration.deadline))
         // After them: where nothing can be written any more, what is pending can still be published and cleared.
-        for project in try await settlePages() where !isStopping { published += try await publishPending(of: project) }
+        try await publishAll(settlePages())
         if let failure { throw failure }
         return published
     }

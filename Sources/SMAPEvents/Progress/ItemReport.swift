@@ -28,8 +28,8 @@ public struct ItemReport: Sendable, Hashable {
     }
 }
 
-/// What a store is told about the end of items.
-public struct ItemReports: Sendable {
+/// What a store is asked when items have ended.
+public struct AdvanceRequest: Sendable {
     /// The items, all by index or all by name; one or more.
     public let reports: [ItemReport]
     /// The stage that they ended in; nil for the only one, or the first.

@@ -41,9 +41,6 @@ package final class ProgressHub: Sendable {
         self.unsubscribe = unsubscribe
     }
 
-    /// How many projects are being watched.
-    package var projectCount: Int { state.withLock { $0.projects.count } }
-
     /// Follows a project: its state now, then each newer one, until it is over.
     package func watch(_ project: ProjectID) -> Updates {
         let (updates, continuation) = Updates.makeStream(bufferingPolicy: .bufferingNewest(1))

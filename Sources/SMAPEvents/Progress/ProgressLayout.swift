@@ -18,8 +18,8 @@ public struct ProgressLayout: Sendable, Hashable, CustomStringConvertible {
     /// The text in the hash.
     public var description: String { rawValue }
 
-    /// The stages that a layout counts.
-    public var stages: [ProgressStage?] { self == .stages ? ProgressStage.allCases : [nil] }
+    /// The stages that a layout counts; one without a name where there is but one.
+    package var stages: [ProgressStage?] { self == .stages ? ProgressStage.allCases : [nil] }
 }
 
 /// A stage of a project whose layout is ``ProgressLayout/stages``.

@@ -32,7 +32,7 @@ public protocol ProgressStore: Sendable {
 
     /// Counts items, each once.
     func advance(
-        _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: ContinuousClock.Instant
+        _ project: ProjectID, _ items: AdvanceRequest, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate
 
     /// Ends a project that will not finish any more: ``ProgressUpdate/Verdict/failed`` or

@@ -124,7 +124,7 @@ public struct ProgressTracker: Sendable {
             }
             isIndexed = isIndex
         }
-        let reports = ItemReports(items, stage: stage, generation: generation)
+        let reports = AdvanceRequest(items, stage: stage, generation: generation)
         return try await run("advance", project) {
             try await store.advance(project, reports, finishEventID: EventID(), deadline: $0)
         }

@@ -71,8 +71,8 @@ enum RequestHeader {
 extension EventRouter {
     /// Answers requests of one type: what the handler returns goes to whoever asked, as JSON.
     ///
-    /// A request whose deadline has passed, by the clock of this machine, is not handled any more. A handler that throws ``RequestRejection`` says no; other
-    /// errors ask for a retry. An event that nobody waits for is handled, and the answer dropped.
+    /// A request whose deadline has passed, by the clock of this machine, is not handled any more. A handler that throws
+    /// ``RequestRejection`` says no; other errors ask for a retry. An event that nobody waits for is handled, and the answer dropped.
     public mutating func onRequest<Question: SMAPEvent, Reply: Encodable & Sendable>(
         _ type: Question.Type, matching pattern: TopicPattern? = nil,
         _ handler: @escaping @Sendable (EventDelivery<Question>) async throws -> Reply

@@ -190,7 +190,7 @@ extension StoreContract {
             case .advance(let items, let stage, let generation):
                 let reports = items.map { ItemReport(.index($0.item), $0.outcome) }
                 return try await store.advance(
-                    project, ItemReports(reports, stage: stage, generation: generation), finishEventID: EventID(),
+                    project, AdvanceRequest(reports, stage: stage, generation: generation), finishEventID: EventID(),
                     deadline: deadline())
             case .abandon(let isCancelled):
                 return try await store.abandon(

@@ -140,7 +140,7 @@ public final class InMemoryProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func advance(
-        _ project: ProjectID, _ items: ItemReports, finishEventID: EventID, deadline: ContinuousClock.Instant
+        _ project: ProjectID, _ items: AdvanceRequest, finishEventID: EventID, deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
         var verdicts: [ProgressUpdate.Verdict] = []
         let update = change(project) { entry, state in

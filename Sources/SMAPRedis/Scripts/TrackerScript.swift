@@ -60,6 +60,12 @@ package struct TrackerScript: Sendable {
           corrupt = corrupt or not (s.total and s.done and s.errors and s.remembered and s.lapsed)
         end
 
+        -- What is remembered must be there: `ok` for a success, `err` for a failure.
+        local function is_lost(s)
+          return (s.remembered > s.lapsed and redis.call('EXISTS', s.ok) == 0)
+            or (s.lapsed > 0 and redis.call('EXISTS', s.err) == 0)
+        end
+
         local function settled(s) return apart and s.done + s.errors or s.done end
 
         local function percent()
@@ -249,9 +255,7 @@ package struct TrackerScript: Sendable {
         local s, is_index = stages[is_second and 2 or 1], ARGV[7] == 'i'
         if kind and kind ~= ARGV[7] then return reply('itemKindMismatch') end
 
-        local get, lost = is_index and 'GETBIT' or 'SISMEMBER', false
-        if s.remembered > s.lapsed then lost = redis.call('EXISTS', s.ok) == 0 end
-        if s.lapsed > 0 then lost = lost or redis.call('EXISTS', s.err) == 0 end
+        local get, lost = is_index and 'GETBIT' or 'SISMEMBER', is_lost(s)
         if sealed and settled(s) + #ARGV - 7 >= s.total then check_finish_keys(ARGV[4]) end
 
         local function remember(key, item, flag)
@@ -400,8 +404,7 @@ package struct TrackerScript: Sendable {
           return answer('corrupt')
         end
         for _, s in ipairs(stages) do
-          if (s.remembered > s.lapsed and redis.call('EXISTS', s.ok) == 0)
-            or (s.lapsed > 0 and redis.call('EXISTS', s.err) == 0) then
+          if is_lost(s) then
             find('memoryLost')
             break
           end
