@@ -46,10 +46,11 @@ let package = Package(
         .package(url: "https://github.com/swiftlang/swift-subprocess", from: "1.0.2", traits: []),
     ],
     targets: [
-        // No `pkgConfig:` on these two: librabbitmq's .pc file spells `CFlags`, which SwiftPM cannot read, and
+        // No `pkgConfig:` on the first two: librabbitmq's .pc file spells `CFlags`, which SwiftPM cannot read, and
         // hiredis's carries a -D flag that warns on every build.
         .systemLibrary(name: "CRabbitMQ", providers: [.apt(["librabbitmq-dev"]), .brew(["rabbitmq-c"])]),
         .systemLibrary(name: "CHiredis", providers: [.apt(["libhiredis-dev"]), .brew(["hiredis"])]),
+        .systemLibrary(name: "COpenSSL", providers: [.apt(["libssl-dev"]), .brew(["openssl"])]),
 
         // What Swift's Glibc module does not show of Linux; empty elsewhere.
         .systemLibrary(name: "CConnectionThread"),
@@ -63,13 +64,14 @@ let package = Package(
         .target(
             name: "SMAPRabbitMQ",
             dependencies: [
-                "SMAPEvents", "ConnectionThread", "CRabbitMQ", configuration, deque, lifecycle, logging, metrics,
+                "SMAPEvents", "ConnectionThread", "CRabbitMQ", "COpenSSL", configuration, deque, lifecycle, logging,
+                metrics,
             ],
             swiftSettings: settings
         ),
         .target(
             name: "SMAPRedis",
-            dependencies: ["SMAPEvents", "ConnectionThread", "CHiredis", configuration, deque, logging],
+            dependencies: ["SMAPEvents", "ConnectionThread", "CHiredis", "COpenSSL", configuration, deque, logging],
             swiftSettings: settings
         ),
         .target(

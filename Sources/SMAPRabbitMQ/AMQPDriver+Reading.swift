@@ -2,6 +2,14 @@ internal import CRabbitMQ
 internal import Logging
 internal import SMAPEvents
 
+#if canImport(Glibc)
+internal import Glibc
+#elseif canImport(Musl)
+internal import Musl
+#elseif canImport(Darwin)
+internal import Darwin
+#endif
+
 /// Frames from the broker: methods, and messages put together from method, header and body.
 extension AMQPDriver {
     /// Reads until the socket is silent. True if there may be more, after so many frames that others must have a turn.

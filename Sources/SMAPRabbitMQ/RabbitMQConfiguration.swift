@@ -1,5 +1,5 @@
 public import Configuration
-internal import SMAPEvents
+public import SMAPEvents
 
 /// Where RabbitMQ is, and the limits of talking to it.
 ///
@@ -20,7 +20,7 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     public var virtualHost: String
 
     /// How the connection is encrypted; nil, the default, for plain text. `amqps://` in a URL, or `RABBITMQ_TLS=true`.
-    public var tls: RabbitMQTLS?
+    public var tls: ServerTLS?
     /// Whether the password may be sent in plain text to a host that is not this one. Off by default.
     /// `RABBITMQ_ALLOW_PLAINTEXT`.
     public var allowsPlainText = false
@@ -70,7 +70,7 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         switch location.scheme {
         case "amqp": break
         case "amqps":
-            tls = RabbitMQTLS()
+            tls = ServerTLS()
             port = 5671
         default: throw ServerURL.failure("RABBITMQ_URL", "the scheme is neither amqp nor amqps")
         }
@@ -111,33 +111,12 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     }
 
     private mutating func readTLS(_ reader: ConfigReader) throws {
-        func flag(_ key: String, _ setting: String) throws -> Bool? {
-            guard let text = reader.string(forKey: ConfigKey(key)), !text.isEmpty else { return nil }
-            switch text.lowercased() {
-            case "true", "1", "yes", "on": return true
-            case "false", "0", "no", "off": return false
-            default: throw ServerURL.failure(setting, "it is true or false")
-            }
-        }
-        if let isPlainTextAllowed = try flag("allow.plaintext", "RABBITMQ_ALLOW_PLAINTEXT") {
+        if let isPlainTextAllowed = try reader.flag("allow.plaintext", setting: "RABBITMQ_ALLOW_PLAINTEXT") {
             allowsPlainText = isPlainTextAllowed
         }
-        if try flag("tls", "RABBITMQ_TLS") == true, tls == nil {
-            tls = RabbitMQTLS()
-            if port == 5672 { port = 5671 }
-        }
-        let files = ["ca.file", "cert.file", "key.file"].map { key in
-            reader.string(forKey: ConfigKey(key)).flatMap { $0.isEmpty ? nil : $0 }
-        }
-        guard tls != nil else {
-            guard files.allSatisfy({ $0 == nil }) else {
-                throw ServerURL.failure("RABBITMQ_TLS", "there are certificates, but the connection is not encrypted")
-            }
-            return
-        }
-        tls?.authorityFile = files[0]
-        tls?.certificateFile = files[1]
-        tls?.privateKeyFile = files[2]
+        let isPlain = tls == nil
+        tls = try ServerTLS(reader: reader, name: "RABBITMQ", isEncrypted: !isPlain)
+        if isPlain, tls != nil, port == 5672 { port = 5671 }
     }
 
     /// What must hold before a password is sent.
@@ -174,11 +153,7 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
             reconnectDelay > .zero && maximumReconnectDelay >= reconnectDelay, "reconnect delays",
             "the first is above zero, and the longest is not shorter")
         _ = try nodes
-        if let tls {
-            try require(
-                (tls.certificateFile == nil) == (tls.privateKeyFile == nil), "RABBITMQ_CERT_FILE",
-                "a certificate and its key come together")
-        }
+        try tls?.validate("RABBITMQ")
     }
 
     /// All nodes, in the order in which they are tried.

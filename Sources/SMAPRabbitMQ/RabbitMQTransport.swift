@@ -33,7 +33,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         try configuration.validateForConnecting()
         self.configuration = configuration
         self.logger = logger
-        if configuration.tls?.verification == RabbitMQTLS.Verification.none {
+        if configuration.tls?.verification == ServerTLS.Verification.none {
             logger.warning("the server's certificate is not verified")
         }
     }

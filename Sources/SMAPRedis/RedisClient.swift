@@ -53,6 +53,9 @@ final class RedisClient: Sendable {
     /// Settings of the server under which progress can be lost.
     private func dangers(_ deadline: ContinuousClock.Instant) async -> [String] {
         var warnings: [String] = []
+        if let tls = configuration.tls, tls.verification != .full {
+            warnings.append("redis: that the server is who it should be is not verified in full")
+        }
         do {
             var settings: [Substring: Substring] = [:]
             for section in ["persistence", "memory"] {

@@ -34,8 +34,14 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     public var sentinelPassword: String?
     /// The host's name or address. `REDIS_HOST`, `localhost` by default.
     public var host: String
-    /// The port. `REDIS_PORT`, 6379 by default.
+    /// The port. `REDIS_PORT`, 6379 by default, with ``tls`` too.
     public var port: Int
+    /// How connections are encrypted, those to the sentinels too; nil, the default, for plain text. `rediss://` in a URL, or
+    /// `REDIS_TLS=true`.
+    ///
+    /// There is no falling back to plain text. The host that is verified is the one that sentinels name, most often an
+    /// address.
+    public var tls: ServerTLS?
     /// The user of an access control list; none by default, which is Redis's user `default`. `REDIS_USERNAME`. Needs a
     /// password.
     public var username: String?
@@ -68,31 +74,63 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         self.database = database
     }
 
-    /// Reads `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD` and `REDIS_STATE_DB`.
+    /// Reads `redis://user:password@host:port/database`, or `rediss://…` for an encrypted connection (IANA's registry of URI
+    /// schemes). Everything after the scheme is optional; user and password are percent-encoded.
     ///
-    /// Throws ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
-    public init(reader: ConfigReader) throws {
+    /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the part that is wrong and never quoting
+    ///   the URL.
+    public init(url: String) throws {
         self.init()
+        let location = try ServerURL(parsing: url, setting: "REDIS_URL")
+        switch location.scheme {
+        case "redis": break
+        case "rediss": tls = ServerTLS()
+        default: throw ServerURL.failure("REDIS_URL", "the scheme is neither redis nor rediss")
+        }
+        if let host = location.host { self.host = host }
+        if let port = location.port { self.port = port }
+        if let username = location.username, !username.isEmpty { self.username = username }
+        if let password = location.password, !password.isEmpty { self.password = password }
+        if !location.path.isEmpty {
+            guard let database = Int(location.path) else {
+                throw ServerURL.failure("REDIS_URL", "the database is not a number")
+            }
+            self.database = database
+        }
+        try validate()
+    }
+
+    /// Reads `REDIS_URL`, or `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD` and `REDIS_STATE_DB`; the settings
+    /// of ``tls`` and ``sentinels`` in both cases.
+    ///
+    /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
+    public init(reader: ConfigReader) throws {
         let reader = reader.scoped(to: "redis")
+        func text(_ key: ConfigKey, isSecret: Bool = false) -> String? {
+            reader.string(forKey: key, isSecret: isSecret).flatMap { $0.isEmpty ? nil : $0 }
+        }
         func number(_ key: ConfigKey, _ setting: String) throws -> Int? {
-            guard let text = reader.string(forKey: key), !text.isEmpty else { return nil }
-            guard let number = Int(text) else { throw ServerURL.failure(setting, "it is not a number") }
-            return number
+            try text(key).map { text in
+                guard let number = Int(text) else { throw ServerURL.failure(setting, "it is not a number") }
+                return number
+            }
         }
-        if let host = reader.string(forKey: "host"), !host.isEmpty { self.host = host }
-        if let port = try number("port", "REDIS_PORT") { self.port = port }
-        if let password = reader.string(forKey: "password", isSecret: true), !password.isEmpty {
-            self.password = password
+        if let url = text("url", isSecret: true) {
+            try self.init(url: url)
+        } else {
+            self.init()
+            if let host = text("host") { self.host = host }
+            if let port = try number("port", "REDIS_PORT") { self.port = port }
+            username = text("username")
+            password = text("password", isSecret: true)
+            if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
         }
-        if let list = reader.string(forKey: "sentinels"), !list.isEmpty {
+        tls = try ServerTLS(reader: reader, name: "REDIS", isEncrypted: tls != nil)
+        if let list = text("sentinels") {
             sentinels = try list.split(separator: ",").map { try Self.sentinel($0.filter { $0 != " " }) }
         }
-        if let name = reader.string(forKey: "master.name"), !name.isEmpty { masterName = name }
-        if let password = reader.string(forKey: "sentinel.password", isSecret: true), !password.isEmpty {
-            sentinelPassword = password
-        }
-        if let username = reader.string(forKey: "username"), !username.isEmpty { self.username = username }
-        if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
+        if let name = text("master.name") { masterName = name }
+        sentinelPassword = text("sentinel.password", isSecret: true)
         try validate()
     }
 
@@ -125,6 +163,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         try require(maximumInFlight > 0, "maximumInFlight", "it is 1 or more")
         try require(connectTimeout > .zero, "connectTimeout", "it is above zero")
         try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")
+        try tls?.validate("REDIS")
     }
 
     /// `host:port/database`, or `master@sentinels/database`, for logs and errors.

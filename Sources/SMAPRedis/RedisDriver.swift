@@ -10,7 +10,8 @@ final class RedisDriver: ConnectionDriver {
     /// Connects and logs in; blocks, bounded by the deadline.
     init(connection: RedisConnection, thread: ConnectionThread, deadline: MonotonicTime) throws {
         let configuration = connection.configuration
-        let wire = try RedisWire(try Self.master(configuration, deadline: deadline), deadline: deadline)
+        let wire = try RedisWire(
+            try Self.master(configuration, deadline: deadline), configuration.tls, deadline: deadline)
         self.connection = connection
         self.wire = wire
         thread.guardSocket(wire.descriptor)
@@ -35,7 +36,7 @@ final class RedisDriver: ConnectionDriver {
             // One that does not answer must not use up the time of the others.
             let limit = min(deadline, MonotonicTime.now.advanced(by: .seconds(1)))
             do {
-                let wire = try RedisWire(sentinel, deadline: limit)
+                let wire = try RedisWire(sentinel, configuration.tls, deadline: limit)
                 defer { wire.close() }
                 if let password = configuration.sentinelPassword {
                     _ = try wire.ask(["AUTH", password], operation, deadline: limit)

@@ -16,9 +16,11 @@ final class RedisWire {
     private var written = 0
     private var input = [UInt8](repeating: 0, count: 64 * 1024)
     private var pendingInput = 0
+    private let tls: TLSSession?
 
-    /// Connects; blocks, bounded by the deadline.
-    init(_ address: RedisConfiguration.Address, deadline: MonotonicTime) throws {
+    /// Connects, and agrees on the encryption if there is to be one; blocks, bounded by the deadline.
+    init(_ address: RedisConfiguration.Address, _ tls: ServerTLS?, deadline: MonotonicTime) throws {
+        self.tls = try tls.map { try TLSSession($0, host: address.host) }
         let descriptor = try Socket.connect(host: address.host, port: address.port, deadline: deadline)
         guard let reader = redisReaderCreate() else {
             Socket.close(descriptor)
@@ -26,10 +28,37 @@ final class RedisWire {
         }
         self.descriptor = descriptor
         self.reader = reader
+        do {
+            try shakeHands(deadline)
+        } catch {
+            close()
+            throw error
+        }
+    }
+
+    private func shakeHands(_ deadline: MonotonicTime) throws {
+        guard let tls else { return }
+        while try !tls.shakeHands() {
+            try write()
+            guard Socket.wait(descriptor, toWrite: !isFlushed, until: deadline) else {
+                throw EventsError(.connectionFailed, "the server does not answer the TLS handshake", operation: "redis")
+            }
+            switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
+            case .wouldBlock: break
+            case .bytes(let count):
+                try input.withUnsafeBytes { try tls.received(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
+            case .closed(let reason): throw EventsError(.connectionFailed, reason, operation: "redis")
+            }
+        }
     }
 
     /// To be called once, at the end.
     func close() {
+        if let tls {
+            // Should the socket be full or broken, the server will see for itself.
+            tls.end()
+            try? write()
+        }
         redisReaderFree(reader)
         Socket.close(descriptor)
     }
@@ -43,7 +72,14 @@ final class RedisWire {
             output.removeAll(keepingCapacity: output.count <= 1 << 20)
             written = 0
         }
-        append(&output)
+        if let tls {
+            var plain: [UInt8] = []
+            append(&plain)
+            try tls.encrypt(plain)
+            tls.takeOutput(into: &output)
+        } else {
+            append(&output)
+        }
         while written < output.count {
             let transfer = output.withUnsafeBytes {
                 Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[written...]))
@@ -76,21 +112,30 @@ final class RedisWire {
             case .wouldBlock: return []
             case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
             case .bytes(let count):
-                pendingInput += count
-                guard pendingInput <= Self.replyLimit else {
-                    throw EventsError(.protocolViolation, "a reply of more than 64 MiB", operation: "redis")
-                }
-                let status = input.withUnsafeBytes {
-                    redisReaderFeed(reader, $0.baseAddress?.assumingMemoryBound(to: CChar.self), count)
-                }
-                guard status == REDIS_OK else { throw Self.malformed }
-                while let reply = try nextReply() {
-                    replies.append(reply)
-                    pendingInput = 0
+                try input.withUnsafeBytes { bytes in
+                    let bytes = UnsafeRawBufferPointer(rebasing: bytes[..<count])
+                    guard let tls else { return try parse(bytes, &replies) }
+                    try tls.received(bytes)
+                    try tls.decrypt { try parse($0, &replies) }
+                    // What the protocol itself has to answer goes out with the next write.
+                    tls.takeOutput(into: &output)
                 }
             }
         }
         return replies
+    }
+
+    private func parse(_ bytes: UnsafeRawBufferPointer, _ replies: inout [RedisReply]) throws {
+        pendingInput += bytes.count
+        guard pendingInput <= Self.replyLimit else {
+            throw EventsError(.protocolViolation, "a reply of more than 64 MiB", operation: "redis")
+        }
+        let status = redisReaderFeed(reader, bytes.baseAddress?.assumingMemoryBound(to: CChar.self), bytes.count)
+        guard status == REDIS_OK else { throw Self.malformed }
+        while let reply = try nextReply() {
+            replies.append(reply)
+            pendingInput = 0
+        }
     }
 
     private func nextReply() throws -> RedisReply? {

@@ -91,7 +91,8 @@ struct BenchCommand: AsyncParsableCommand {
         @OptionGroup var options: Options
 
         func run() async throws {
-            if ProcessInfo.processInfo.environment["REDIS_HOST"] != nil {
+            let environment = ProcessInfo.processInfo.environment
+            if environment["REDIS_URL"] ?? environment["REDIS_HOST"] != nil {
                 try await measure(RedisConfiguration(reader: BenchCommand.reader))
             } else {
                 var servers = LocalStack.Options()

@@ -165,4 +165,16 @@ import Testing
         #expect(result.status == 7)
         #expect(result.output.contains("amqp://guest:guest@127.0.0.1:"))
     }
+
+    @Test(.timeLimit(.minutes(1)))
+    func `local leads to its own servers, whatever the environment says of others`() async throws {
+        let others = [
+            "REDIS_URL": "rediss://u:p@192.0.2.1", "REDIS_SENTINELS": "192.0.2.1", "REDIS_TLS": "true",
+            "RABBITMQ_TLS": "true", "RABBITMQ_CA_FILE": "/nowhere", "RABBITMQ_URL": "amqps://192.0.2.1",
+        ]
+        let script = "\"$0\" topology apply >&2 && \"$0\" health"
+        let result = try await Program.events(
+            ["local", "--", "sh", "-c", script, try Program.command], environment: others)
+        #expect(result.status == 0, "\(result.output) \(result.error)")
+    }
 }

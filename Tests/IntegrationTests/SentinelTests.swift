@@ -5,6 +5,22 @@ import Testing
 
 @testable import SMAPEventsTesting
 
+/// Starts a sentinel that watches one master, over the ports as `port` and `settings` say.
+func sentinel(_ port: String, of master: Int, _ settings: [String] = []) async throws -> LeashedProcess {
+    let folder = FileManager.default.temporaryDirectory.appending(path: "smap-sentinel-\(UUID())/sentinel").path
+    try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
+    let file = "\(folder)/sentinel.conf"
+    let lines =
+        [
+            port, "bind 127.0.0.1", "dir \(folder)", "sentinel monitor mymaster 127.0.0.1 \(master) 2",
+            "sentinel down-after-milliseconds mymaster 1000", "sentinel failover-timeout mymaster 5000",
+        ] + settings
+    try lines.joined(separator: "\n").write(toFile: file, atomically: true, encoding: .utf8)
+    // It removes its folder at the end.
+    return try await LeashedProcess(
+        ["redis-server", file, "--sentinel"], environment: [:], folder: folder, patience: 20)
+}
+
 @Suite struct SentinelTests {
     /// Runs `body` with the sentinels of a master and two replicas, and stops all of them afterwards.
     private func withTrio(
@@ -29,7 +45,7 @@ import Testing
                                 var sentinels: [LeashedProcess] = []
                                 do {
                                     for port in ports {
-                                        sentinels.append(try await sentinel(port, of: master.redisPort))
+                                        sentinels.append(try await sentinel("port \(port)", of: master.redisPort))
                                     }
                                     try await ready(master, ports)
                                     try await body(master, ports)
@@ -44,23 +60,6 @@ import Testing
                 }
             }
         }
-    }
-
-    private func sentinel(_ port: Int, of master: Int) async throws -> LeashedProcess {
-        let folder = FileManager.default.temporaryDirectory.appending(path: "smap-sentinel-\(UUID())/sentinel").path
-        try FileManager.default.createDirectory(atPath: folder, withIntermediateDirectories: true)
-        let file = "\(folder)/sentinel.conf"
-        try """
-        port \(port)
-        bind 127.0.0.1
-        dir \(folder)
-        sentinel monitor mymaster 127.0.0.1 \(master) 2
-        sentinel down-after-milliseconds mymaster 1000
-        sentinel failover-timeout mymaster 5000
-        """.write(toFile: file, atomically: true, encoding: .utf8)
-        // It removes its folder at the end.
-        return try await LeashedProcess(
-            ["redis-server", file, "--sentinel"], environment: [:], folder: folder, patience: 20)
     }
 
     private func ready(_ master: LocalStack, _ sentinels: [Int]) async throws {

@@ -1,10 +1,12 @@
 import Foundation
 import SMAPEvents
-import SMAPEventsTesting
 import SMAPRabbitMQ
+import SMAPRedis
 import Testing
 
-/// SCENARIOS 14: encrypted connections, to a real broker and to servers that are wrong in one way each.
+@testable import SMAPEventsTesting
+
+/// SCENARIOS 14: encrypted connections, to real servers and to those that are wrong in one way each.
 @Suite(.timeLimit(.minutes(2))) struct TLSTests {
     struct Ping: SMAPEvent { static let routingKey: RoutingKey = "tls.ping" }
 
@@ -34,13 +36,42 @@ import Testing
         try await body(folder)
     }
 
-    private func configuration(_ port: Int, _ folder: String, host: String = "localhost") -> RabbitMQConfiguration {
-        var configuration = RabbitMQConfiguration(host: host, port: port)
-        configuration.tls = RabbitMQTLS(
+    private func tls(_ folder: String) -> ServerTLS {
+        ServerTLS(
             authorityFile: "\(folder)/ca.pem", certificateFile: "\(folder)/client.pem",
             privateKeyFile: "\(folder)/client.key")
+    }
+
+    private func configuration(_ port: Int, _ folder: String, host: String = "localhost") -> RabbitMQConfiguration {
+        var configuration = RabbitMQConfiguration(host: host, port: port)
+        configuration.tls = tls(folder)
         configuration.connectTimeout = .seconds(5)
         return configuration
+    }
+
+    private func redis(_ port: Int, _ folder: String, host: String = "localhost") -> RedisConfiguration {
+        var configuration = RedisConfiguration(host: host, port: port)
+        configuration.tls = tls(folder)
+        return configuration
+    }
+
+    private func redisArguments(_ port: Int, _ folder: String) -> [String] {
+        [
+            "--tls-port", "\(port)", "--tls-cert-file", "\(folder)/server.pem", "--tls-key-file",
+            "\(folder)/server.key", "--tls-ca-cert-file", "\(folder)/ca.pem", "--tls-auth-clients", "yes",
+        ]
+    }
+
+    /// How starting a project ends.
+    private func start(_ configuration: RedisConfiguration) async throws -> EventsError? {
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            do {
+                try await ProgressTracker(store: store).start(ProjectID("tls_\(UUID())"))
+                return nil
+            } catch let error as EventsError {
+                return error
+            }
+        }
     }
 
     /// How publishing ends.
@@ -89,38 +120,139 @@ import Testing
         }
     }
 
-    @Test
-    func `a wrong name, an expired certificate, an unknown authority, an old protocol and a plain port are told apart`()
+    @Test func `a Redis that asks for a certificate keeps the contract by name and by address, and comes back`()
         async throws
     {
         try await withCertificates { folder in
+            let port = try freePort()
+            var options = LocalStack.Options()
+            options.rabbitMQ = false
+            options.redisArguments = redisArguments(port, folder)
+            try await LocalStack.withStack(options) { stack in
+                for host in ["localhost", "127.0.0.1"] {
+                    let error = try await start(redis(port, folder, host: host))
+                    #expect(error == nil, "\(host): \(String(describing: error))")
+                }
+                var anonymous = redis(port, folder)
+                anonymous.tls?.certificateFile = nil
+                anonymous.tls?.privateKeyFile = nil
+                let refused = try await start(anonymous)
+                #expect(refused?.code == .tlsFailed, "the server wants a certificate: \(refused as Any)")
+
+                try await RedisProgressStore.withStore(configuration: redis(port, folder)) { store in
+                    for check in StoreContract.checks { try await check.run(store) }
+
+                    // Half a megabyte a command, many at a time: more than sockets and records hold.
+                    let tracker = ProgressTracker(store: store)
+                    let large = try ProjectID("tls_large")
+                    try await tracker.start(large)
+                    try await withThrowingTaskGroup { group in
+                        for task in 0..<20 {
+                            group.addTask {
+                                let items = (0..<1_000).map { item in
+                                    let name = "\(task)_\(item)_" + String(repeating: "x", count: 490)
+                                    return ItemReport(.named(name), .success)
+                                }
+                                try await tracker.advance(large, items)
+                            }
+                        }
+                        try await group.waitForAll()
+                    }
+                    #expect(try await tracker.progress(of: large)?.done == 20_000)
+
+                    try await stack.kill(.redis)
+                    await #expect(throws: EventsError.self) { try await tracker.progress(of: large) }
+                    try await stack.restart(.redis)
+                    #expect(try await tracker.progress(of: large) == nil, "it kept nothing")
+                }
+                var unverified = redis(port, folder)
+                unverified.tls?.verification = .none
+                let warnings = try await RedisProgressStore.withStore(configuration: unverified) { store in
+                    await store.health().warnings
+                }
+                #expect(warnings.contains { $0.contains("not verified") }, "\(warnings)")
+            }
+        }
+    }
+
+    @Test func `sentinels are asked over an encrypted connection too`() async throws {
+        try await withCertificates { folder in
+            let (port, sentinelPort) = (try freePort(), try freePort())
+            var options = LocalStack.Options()
+            options.rabbitMQ = false
+            options.redisArguments = redisArguments(port, folder)
+            try await LocalStack.withStack(options) { _ in
+                let settings = redisArguments(sentinelPort, folder)
+                let lines = stride(from: 0, to: settings.count, by: 2).map { index in
+                    settings[index].dropFirst(2) + " " + settings[index + 1]
+                }
+                let sentinel = try await sentinel(
+                    "port 0", of: port, lines.map(String.init) + ["tls-replication yes"])
+                var configuration = redis(port, folder)
+                configuration.sentinels = [.init(host: "localhost", port: sentinelPort)]
+                do {
+                    try await eventually("the sentinel listens") { isListening(sentinelPort) }
+                    let error = try await start(configuration)
+                    #expect(error == nil, "\(error as Any)")
+                    configuration.tls = nil
+                    let plain = try await start(configuration)
+                    #expect(plain?.code == .connectionFailed, "\(plain as Any)")
+                } catch {
+                    await sentinel.stop()
+                    throw error
+                }
+                await sentinel.stop()
+            }
+        }
+    }
+
+    enum Client: String, CaseIterable { case rabbitMQ, redis }
+
+    @Test(arguments: Client.allCases)
+    func `a wrong name, an expired certificate, an unknown authority, an old protocol and a plain port are told apart`(
+        client: Client
+    ) async throws {
+        try await withCertificates { folder in
+            func use(_ port: Int, _ tls: ServerTLS?) async throws -> EventsError? {
+                switch client {
+                case .rabbitMQ:
+                    var configuration = configuration(port, folder)
+                    configuration.tls = tls
+                    return try await publish(configuration)
+                case .redis:
+                    var configuration = redis(port, folder)
+                    configuration.tls = tls
+                    return try await start(configuration)
+                }
+            }
             func refusal(
-                _ certificate: String, _ more: [String] = [],
-                _ change: (inout RabbitMQConfiguration) -> Void = { _ in }
+                _ certificate: String, _ more: [String] = [], _ change: (inout ServerTLS) -> Void = { _ in }
             ) async throws -> EventsError? {
                 try await withServer(folder, certificate, more) { port in
-                    var configuration = configuration(port, folder)
-                    change(&configuration)
-                    return try await publish(configuration)
+                    var tls = tls(folder)
+                    change(&tls)
+                    return try await use(port, tls)
                 }
             }
             var error = try await refusal("elsewhere")
             #expect(error?.code == .tlsFailed && error?.message.contains("ostname mismatch") == true, "\(error as Any)")
             error = try await refusal("expired")
             #expect(error?.code == .tlsFailed && error?.message.contains("expired") == true, "\(error as Any)")
-            error = try await refusal("server") { $0.tls?.authorityFile = "\(folder)/other.pem" }
+            error = try await refusal("server") { $0.authorityFile = "\(folder)/other.pem" }
             #expect(error?.code == .tlsFailed && error?.message.contains("issuer") == true, "\(error as Any)")
             // The system's authorities do not know ours.
-            error = try await refusal("server") { $0.tls?.authorityFile = nil }
+            error = try await refusal("server") { $0.authorityFile = nil }
             #expect(error?.code == .tlsFailed && error?.message.contains("refused") == true, "\(error as Any)")
             error = try await refusal("server", ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"])
             #expect(error?.code == .tlsFailed && error?.message.contains("TLS 1.2") == true, "\(error as Any)")
-            error = try await refusal("server") { $0.tls?.authorityFile = "\(folder)/nowhere.pem" }
+            error = try await refusal("server") { $0.authorityFile = "\(folder)/nowhere.pem" }
             #expect(error?.code == .invalidConfiguration && error?.message.contains("nowhere.pem") == true)
 
-            let plain = configuration(try await SharedStack.current.rabbitMQPort, folder)
-            error = try await publish(plain)
-            #expect(error?.code == .tlsFailed, "a plain port: \(error as Any)")
+            // A plain Redis waits for the rest of what it takes for a line.
+            let stack = try await SharedStack.current
+            error = try await use(client == .rabbitMQ ? stack.rabbitMQPort : stack.redisPort, tls(folder))
+            #expect(error?.code == (client == .rabbitMQ ? .tlsFailed : .connectionFailed), "\(error as Any)")
+            #expect(error?.message.contains("TLS") == true, "a plain port: \(error as Any)")
         }
     }
 

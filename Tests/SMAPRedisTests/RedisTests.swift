@@ -56,6 +56,37 @@ import Testing
             ).database == 1)
     }
 
+    @Test func `a URL is read part by part, with the settings beside it`() throws {
+        let full = try RedisConfiguration(url: "rediss://u:p%3A%40w@redis.example.org:6380/2")
+        #expect("\(full)" == "redis.example.org:6380/2")
+        #expect(full.username == "u" && full.password == "p:@w")
+        #expect(full.tls == ServerTLS() && full.tls?.verification == .full)
+        let short = try RedisConfiguration(url: "redis://:s3cret@[::1]")
+        #expect("\(short)" == "[::1]:6379/1")
+        #expect(short.username == nil && short.password == "s3cret" && short.tls == nil)
+
+        func read(_ variables: [String: String]) throws -> RedisConfiguration {
+            try RedisConfiguration(
+                reader: ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: variables)))
+        }
+        let both = try read(["REDIS_URL": "rediss://h", "REDIS_CA_FILE": "ca", "REDIS_SENTINELS": "s"])
+        #expect(both.tls?.authorityFile == "ca" && "\(both)" == "mymaster@s:26379/1")
+        #expect(try read(["REDIS_TLS": "true"]).tls == ServerTLS())
+        #expect(try read(["REDIS_URL": "rediss://h", "REDIS_TLS": "false"]).tls != nil, "the URL says so")
+    }
+
+    @Test(arguments: [
+        "", "localhost", "http://h", "redisx://u:s3cret@h", "rediss://u:s3cret@h:port", "redis://u:s3cret@h:70000",
+        "redis://u:s3cret%zz@h", "redis://u:s3 cret@h", "redis://u:s3cret%ff@h", "redis://u:s3cret@[::1",
+        "redis://u:s3cret@h/s3", "redis://u:s3cret@h/-1",
+    ])
+    func `a malformed URL is refused, and never quoted`(url: String) {
+        let error = #expect(throws: EventsError.self) { try RedisConfiguration(url: url) }
+        #expect(error?.code == .invalidConfiguration)
+        #expect(error?.description.contains("s3") == false)
+        #expect(error?.description.contains("REDIS_") == true)
+    }
+
     @Test(arguments: [-1, 0, 65])
     func `a number of connections that cannot be is refused`(connections: Int) {
         var configuration = RedisConfiguration()
@@ -79,7 +110,7 @@ import Testing
 
     @Test(arguments: [
         ["REDIS_PORT": "x"], ["REDIS_PORT": "70000"], ["REDIS_STATE_DB": "-1"], ["REDIS_SENTINELS": "a:x"],
-        ["REDIS_SENTINELS": "a:0"], ["REDIS_USERNAME": "u"],
+        ["REDIS_SENTINELS": "a:0"], ["REDIS_USERNAME": "u"], ["REDIS_TLS": "maybe"],
     ])
     func `a wrong setting is refused by its name`(variables: [String: String]) {
         let reader = ConfigReader(provider: EnvironmentVariablesProvider(environmentVariables: variables))

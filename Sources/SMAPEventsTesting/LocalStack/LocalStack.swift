@@ -61,12 +61,17 @@ public final class LocalStack: Sendable {
     private let options: Options
     private let processes: Mutex<Processes>
 
-    /// The environment variables with which services find these servers.
+    /// The environment variables with which services find these servers. Those that would lead elsewhere, or ask for more
+    /// than these servers offer, are empty, which is as good as unset.
     public var environment: [String: String] {
-        [
-            "RABBITMQ_URL": rabbitMQURL, "REDIS_HOST": "127.0.0.1", "REDIS_PORT": String(redisPort),
-            "REDIS_STATE_DB": "1",
+        var environment = [
+            "RABBITMQ_URL": rabbitMQURL, "REDIS_URL": "redis://127.0.0.1:\(redisPort)/1", "REDIS_HOST": "127.0.0.1",
+            "REDIS_PORT": String(redisPort), "REDIS_STATE_DB": "1", "REDIS_SENTINELS": "",
         ]
+        for server in ["RABBITMQ", "REDIS"] {
+            for setting in ["TLS", "CA_FILE", "CERT_FILE", "KEY_FILE"] { environment["\(server)_\(setting)"] = "" }
+        }
+        return environment
     }
 
     /// Runs `body` with a stack and stops it afterwards, whatever happens.

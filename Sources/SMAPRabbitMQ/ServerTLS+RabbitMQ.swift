@@ -1,16 +1,9 @@
+internal import COpenSSL
 internal import CRabbitMQ
 internal import ConnectionThread
 internal import SMAPEvents
 
-#if canImport(Glibc)
-internal import Glibc
-#elseif canImport(Musl)
-internal import Musl
-#elseif canImport(Darwin)
-internal import Darwin
-#endif
-
-extension RabbitMQTLS {
+extension ServerTLS {
     /// Opens an encrypted socket on a connection of the library, which owns it. Blocks until the deadline at most: the
     /// library's own handshake is non-blocking underneath.
     ///
@@ -29,18 +22,14 @@ extension RabbitMQTLS {
         // Its own checks come too late and know less; the context's make the handshake fail.
         amqp_ssl_socket_set_verify_peer(socket, verification.peer ? 1 : 0)
         amqp_ssl_socket_set_verify_hostname(socket, 0)
-        var address = in6_addr()
-        let isAddress = inet_pton(AF_INET, host, &address) == 1 || inet_pton(AF_INET6, host, &address) == 1
         let context = amqp_ssl_socket_get_context(socket)
         guard
             smap_tls_prepare(
-                context, host, isAddress ? 1 : 0, verification.peer ? 1 : 0,
-                verification.host ? 1 : 0, authorityFile == nil ? 1 : 0) == 1
+                context, host, verification.peer ? 1 : 0, verification.host ? 1 : 0, authorityFile == nil ? 1 : 0) == 1
         else { throw EventsError(.tlsFailed, "OpenSSL refused the settings", operation: "connect to \(host):\(port)") }
-        let now = MonotonicTime.now
-        let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 1_000_000
-        var limit = timeval(tv_sec: Int(left / 1_000_000_000), tv_usec: .init(left % 1_000_000_000 / 1000))
-        let status = amqp_socket_open_noblock(socket, host, Int32(port), &limit)
+        let status = AMQPDriver.with(AMQPDriver.timeval(from: .now, to: deadline)) {
+            amqp_socket_open_noblock(socket, host, Int32(port), $0)
+        }
         guard status != AMQP_STATUS_OK.rawValue else { return }
         if let refusal = smap_tls_refusal_text(context) {
             throw EventsError(

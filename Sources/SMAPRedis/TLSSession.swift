@@ -1,0 +1,141 @@
+internal import COpenSSL
+internal import SMAPEvents
+
+/// The client's side of an encrypted connection. It turns bytes into other bytes, and the socket stays the caller's: OpenSSL
+/// would write with `write()`, and a broken connection would raise SIGPIPE and kill the process. For one thread at a time.
+///
+/// Sound: the pointers are made in `init`, freed in `deinit` only, and known to nobody else.
+final class TLSSession {
+    private let context: OpaquePointer
+    private let session: OpaquePointer
+    /// What has come from the server, and what is to go to it: memory of the session's.
+    private let incoming: OpaquePointer
+    private let outgoing: OpaquePointer
+    private var plain = [UInt8](repeating: 0, count: 16 * 1024)
+
+    /// Throws `tlsFailed`, or `invalidConfiguration` for a file that cannot be used.
+    init(_ tls: ServerTLS, host: String) throws {
+        guard let context = SSL_CTX_new(TLS_client_method()) else { throw Self.failure("out of memory") }
+        do {
+            session = try Self.makeSession(context, tls, host)
+        } catch {
+            SSL_CTX_free(context)
+            throw error
+        }
+        self.context = context
+        incoming = SSL_get_rbio(session)
+        outgoing = SSL_get_wbio(session)
+    }
+
+    deinit {
+        SSL_free(session)
+        SSL_CTX_free(context)
+    }
+
+    private static func makeSession(
+        _ context: OpaquePointer, _ tls: ServerTLS, _ host: String
+    ) throws -> OpaquePointer {
+        func require(_ isFine: Bool, _ what: String) throws {
+            guard isFine else { throw EventsError(.invalidConfiguration, "\(what) cannot be used", operation: "TLS") }
+        }
+        if let file = tls.authorityFile {
+            try require(SSL_CTX_load_verify_locations(context, file, nil) == 1, "the authorities in \(file)")
+        }
+        if let certificate = tls.certificateFile, let key = tls.privateKeyFile {
+            try require(
+                SSL_CTX_use_certificate_chain_file(context, certificate) == 1
+                    && SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) == 1
+                    && SSL_CTX_check_private_key(context) == 1,
+                "the certificate in \(certificate) or its key in \(key)")
+        }
+        guard
+            smap_tls_prepare(
+                UnsafeMutableRawPointer(context), host, tls.verification.peer ? 1 : 0, tls.verification.host ? 1 : 0,
+                tls.authorityFile == nil ? 1 : 0) == 1
+        else { throw failure("OpenSSL refused the settings") }
+        guard let incoming = BIO_new(BIO_s_mem()) else { throw failure("out of memory") }
+        guard let outgoing = BIO_new(BIO_s_mem()) else {
+            BIO_free(incoming)
+            throw failure("out of memory")
+        }
+        guard let session = smap_tls_session(context, host, incoming, outgoing) else {
+            BIO_free(incoming)
+            BIO_free(outgoing)
+            throw failure("out of memory")
+        }
+        return session
+    }
+
+    /// Goes on with the handshake after ``received(_:)``. True once it is done.
+    func shakeHands() throws -> Bool {
+        ERR_clear_error()
+        let status = SSL_do_handshake(session)
+        if status == 1 { return true }
+        if SSL_get_error(session, status) == SSL_ERROR_WANT_READ { return false }
+        if let refusal = smap_tls_refusal_text(UnsafeMutableRawPointer(context)) {
+            throw Self.failure("the server's certificate was refused: \(String(cString: refusal))")
+        }
+        throw Self.failure("no TLS 1.2 or newer could be agreed on: \(Self.reason)")
+    }
+
+    /// Takes what has come from the server.
+    func received(_ bytes: UnsafeRawBufferPointer) throws {
+        guard bytes.isEmpty || BIO_write(incoming, bytes.baseAddress, Int32(bytes.count)) == bytes.count else {
+            throw Self.failure("out of memory")
+        }
+    }
+
+    /// Hands out what is complete of it, in pieces.
+    func decrypt(_ body: (UnsafeRawBufferPointer) throws -> Void) throws {
+        while true {
+            ERR_clear_error()
+            var count = 0
+            let status = plain.withUnsafeMutableBytes { SSL_read_ex(session, $0.baseAddress, $0.count, &count) }
+            if status == 1 {
+                try plain.withUnsafeBytes { try body(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
+                continue
+            }
+            switch SSL_get_error(session, status) {
+            case SSL_ERROR_WANT_READ: return
+            case SSL_ERROR_ZERO_RETURN:
+                throw EventsError(.connectionLost, "the server closed the connection", operation: "redis")
+            default: throw Self.failure("the server refuses the connection, or it was tampered with: \(Self.reason)")
+            }
+        }
+    }
+
+    /// To be called after the handshake.
+    func encrypt(_ bytes: [UInt8]) throws {
+        guard !bytes.isEmpty else { return }
+        ERR_clear_error()
+        var count = 0
+        let status = bytes.withUnsafeBytes { SSL_write_ex(session, $0.baseAddress, $0.count, &count) }
+        guard status == 1 else { throw Self.failure("nothing can be written any more: \(Self.reason)") }
+    }
+
+    /// Says goodbye.
+    func end() {
+        ERR_clear_error()
+        _ = SSL_shutdown(session)
+    }
+
+    /// Appends what is to go to the server.
+    func takeOutput(into output: inout [UInt8]) {
+        let waiting = BIO_ctrl_pending(outgoing)
+        guard waiting > 0 else { return }
+        let start = output.count
+        output.append(contentsOf: repeatElement(0, count: waiting))
+        let taken = output.withUnsafeMutableBytes {
+            BIO_read(outgoing, $0.baseAddress.map { $0 + start }, Int32(clamping: waiting))
+        }
+        output.removeLast(waiting - Int(max(0, taken)))
+    }
+
+    private static var reason: String {
+        smap_tls_failure_text().map { String(cString: $0) } ?? "the server broke it off"
+    }
+
+    private static func failure(_ problem: String) -> EventsError {
+        EventsError(.tlsFailed, problem, operation: "redis")
+    }
+}
