@@ -40,24 +40,24 @@ final class RedisClient: Sendable {
         if case .connection(let connection) = old { await connection.close() }
     }
 
-    /// Whether the server answers a PING.
+    /// Whether the server answers a PING now and takes writes, and what may make it forget.
     func health(_ deadline: ContinuousClock.Instant) async -> Health {
         do {
-            _ = try await command(["PING"], "health", deadline)
-            return Health(warnings: await dangers(deadline))
+            try check(try await attempt(RedisCommand(["PING"]), "health", deadline).reply, "health")
+            return await condition(deadline)
         } catch {
             return Health(problems: ["redis: \((error as? EventsError)?.description ?? "\(type(of: error))")"])
         }
     }
 
-    /// Settings of the server under which progress can be lost.
-    private func dangers(_ deadline: ContinuousClock.Instant) async -> [String] {
-        var warnings: [String] = []
+    /// What the server says of itself.
+    private func condition(_ deadline: ContinuousClock.Instant) async -> Health {
+        var health = Health()
         if let tls = configuration.tls, tls.verification != .full {
-            warnings.append("redis: that the server is who it should be is not verified in full")
+            health.warnings.append("redis: that the server is who it should be is not verified in full")
         }
+        var settings: [Substring: Substring] = [:]
         do {
-            var settings: [Substring: Substring] = [:]
             for section in ["persistence", "memory"] {
                 let text = try await command(["INFO", section], "health", deadline).text ?? ""
                 for line in text.split(whereSeparator: \.isNewline) {
@@ -65,24 +65,35 @@ final class RedisClient: Sendable {
                     if parts.count == 2 { settings[parts[0]] = parts[1] }
                 }
             }
-            if settings["aof_enabled"] == "0" {
-                warnings.append("redis: appendonly is off: what was counted since the last snapshot is lost in a crash")
-            }
-            if let policy = settings["maxmemory_policy"], policy != "noeviction" {
-                warnings.append(
-                    "redis: maxmemory-policy is \(policy): Redis may drop projects; it should be noeviction")
-            }
         } catch {
-            warnings.append("redis: persistence and eviction cannot be looked up")
+            health.warnings.append("redis: persistence and eviction cannot be looked up")
+            return health
         }
-        return warnings
+        func number(_ setting: Substring) -> Int { settings[setting].flatMap { Int($0) } ?? 0 }
+        let policy = settings["maxmemory_policy"] ?? "noeviction"
+        if policy == "noeviction", number("maxmemory") > 0, number("used_memory") >= number("maxmemory") {
+            health.problems.append("redis: its memory is full, so that it refuses writes")
+        }
+        if settings["aof_last_write_status"] == "err" || settings["rdb_last_bgsave_status"] == "err" {
+            health.problems.append("redis: it could not write to its disk, and may refuse writes")
+        }
+        if settings["aof_enabled"] == "0" {
+            health.warnings.append(
+                "redis: appendonly is off: what was counted since the last snapshot is lost in a crash")
+        }
+        if policy != "noeviction" {
+            health.warnings.append(
+                "redis: maxmemory-policy is \(policy): Redis may drop projects; it should be noeviction")
+        }
+        return health
     }
 
     /// Runs a script by its hash; by its text where the server does not know it (any more).
+    /// - Parameter isUpdate: Whether replicas are to have it, where the configuration asks for some.
     func run(
-        _ script: String, keys: [String], _ arguments: [String], _ operation: String,
+        _ script: String, keys: [String], _ arguments: [String], _ operation: String, isUpdate: Bool = false,
         _ deadline: ContinuousClock.Instant
-    ) async throws -> RedisReply {
+    ) async throws -> RedisPipeline.Answer {
         let tail = [String(keys.count)] + keys + arguments
         let hash: String
         if let known = hashes.withLock({ $0[script] }) {
@@ -95,29 +106,57 @@ final class RedisClient: Sendable {
             hashes.withLock { $0[script] = loaded }
             hash = loaded
         }
-        let reply = try await send(["EVALSHA", hash] + tail, operation, deadline)
+        let awaitsReplicas = isUpdate && configuration.replicas > 0
+        var answer = try await send(["EVALSHA", hash] + tail, operation, awaitsReplicas, deadline)
         // Nothing was run: the cache is empty after a restart, a failover or SCRIPT FLUSH. EVAL fills it again.
-        if case .error(let text) = reply, text.hasPrefix("NOSCRIPT") {
-            return try await command(["EVAL", script] + tail, operation, deadline)
+        if case .error(let text) = answer.reply, text.hasPrefix("NOSCRIPT") {
+            answer = try await send(["EVAL", script] + tail, operation, awaitsReplicas, deadline)
         }
-        return try check(reply, operation)
+        try check(answer.reply, operation)
+        return answer
     }
 
     /// Sends a command; an error that the server answers is thrown.
     func command(
         _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
     ) async throws -> RedisReply {
-        try check(try await send(arguments, operation, deadline), operation)
+        let reply = try await send(arguments, operation, false, deadline).reply
+        try check(reply, operation)
+        return reply
     }
 
-    private func check(_ reply: RedisReply, _ operation: String) throws -> RedisReply {
-        guard case .error(let text) = reply else { return reply }
-        throw RedisFailure.error(text, operation: operation)
+    private func check(_ reply: RedisReply, _ operation: String) throws {
+        if case .error(let text) = reply { throw RedisFailure.error(text, operation: operation) }
     }
 
+    /// Sends a command. What the server cannot do just now it has not done: that is waited out, up to the deadline.
     private func send(
-        _ arguments: [String], _ operation: String, _ deadline: ContinuousClock.Instant
-    ) async throws -> RedisReply {
+        _ arguments: [String], _ operation: String, _ awaitsReplicas: Bool, _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisPipeline.Answer {
+        let command = RedisCommand(arguments, awaitsReplicas: awaitsReplicas)
+        var failures = 0
+        while true {
+            let outcome: Result<RedisPipeline.Answer, any Error>
+            do {
+                let answer = try await attempt(command, operation, deadline)
+                guard case .error(let text) = answer.reply, RedisFailure.isPassing(text) else { return answer }
+                outcome = .success(answer)
+            } catch let error as EventsError where error.code == .storeUnavailable {
+                // So it said when we logged in.
+                outcome = .failure(error)
+            }
+            failures += 1
+            let delay = Self.backoff.delay(after: failures)
+            guard .now + delay < deadline else { return try outcome.get() }
+            try await Task.sleep(for: delay)
+        }
+    }
+
+    private static let backoff = Backoff(first: .milliseconds(50), longest: .seconds(1))
+
+    private func attempt(
+        _ command: RedisCommand, _ operation: String, _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisPipeline.Answer {
         let connection = try slot.withLock { slot in
             switch slot {
             case .connection(let connection) where !connection.isClosed: return connection
@@ -129,12 +168,12 @@ final class RedisClient: Sendable {
             }
         }
         do {
-            let reply = try await connection.send(RedisCommand(arguments), deadline: MonotonicTime(deadline))
-            // A replica that was a master, or a master that has become one: the next call connects anew.
-            if case .error(let text) = reply, text.hasPrefix("READONLY") {
+            let answer = try await connection.send(command, deadline: MonotonicTime(deadline))
+            // A replica that was a master, or a master that has become one: the next attempt connects anew.
+            if case .error(let text) = answer.reply, text.hasPrefix("READONLY") {
                 connection.drop(because: "the master has become a replica")
             }
-            return reply
+            return answer
         } catch let error as EventsError where error.operation == "redis" {
             throw EventsError(
                 error.code, "\(configuration): \(error.message)", operation: operation, underlying: error.underlying)

@@ -3,8 +3,11 @@ internal import CHiredis
 /// A command as it goes over the wire, written by hiredis.
 struct RedisCommand: Sendable {
     let bytes: [UInt8]
+    /// Whether its answer is to wait for replicas.
+    let awaitsReplicas: Bool
 
-    init(_ arguments: [String]) {
+    init(_ arguments: [String], awaitsReplicas: Bool = false) {
+        self.awaitsReplicas = awaitsReplicas
         var block: [CChar] = []
         var lengths: [Int] = []
         lengths.reserveCapacity(arguments.count)

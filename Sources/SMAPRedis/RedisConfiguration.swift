@@ -25,8 +25,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     /// The sentinels that know the master; with them, ``host`` and ``port`` are not used. None by default.
     /// `REDIS_SENTINELS`, as `host:port` separated by commas; the port is 26379 by default.
     ///
-    /// Each connection asks one of them where the master is, and checks that it is one. A command that is not answered by
-    /// its deadline ends the connection, so that the next one asks again.
+    /// Each connection asks one of them where the master is, and checks that it is one.
     public var sentinels: [Address] = []
     /// What the sentinels call the master, `mymaster` by default. `REDIS_MASTER_NAME`.
     public var masterName = "mymaster"
@@ -52,6 +51,18 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
 
     /// How long connecting and logging in may take, 5 s by default.
     public var connectTimeout: Duration = .seconds(5)
+    /// How long a server that owes a reply may send nothing at all before the connection is given up, 5 s by default. The
+    /// next call opens another, and asks the sentinels again.
+    public var silenceLimit: Duration = .seconds(5)
+    /// How many replicas the master waits for after an update, with `WAIT`; 0, the default, for none. How many had it is in
+    /// ``SMAPEvents/ProgressUpdate/replicas``. `REDIS_REPLICAS`.
+    ///
+    /// It makes losing an update in a failover less likely, not impossible (Redis's documentation of `WAIT`). While the
+    /// master waits it does nothing else for the connection, so that updates go out in groups, one per round trip to the
+    /// replicas.
+    public var replicas = 0
+    /// How long it waits for them, 500 ms by default. Below ``silenceLimit``.
+    public var replicaTimeout: Duration = .milliseconds(500)
     /// How many connections the progress store shares its projects out to, 2 by default, 1 to 64. The inbox has one.
     public var connections: Int = 2
     /// How many commands may be under way at a time on a connection, 10,000 by default. More are refused as
@@ -101,7 +112,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     }
 
     /// Reads `REDIS_URL`, or `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD` and `REDIS_STATE_DB`; the settings
-    /// of ``tls`` and ``sentinels`` in both cases.
+    /// of ``tls``, ``sentinels`` and ``replicas`` in both cases.
     ///
     /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
     public init(reader: ConfigReader) throws {
@@ -125,6 +136,7 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
             password = text("password", isSecret: true)
             if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
         }
+        if let replicas = try number("replicas", "REDIS_REPLICAS") { self.replicas = replicas }
         tls = try ServerTLS(reader: reader, name: "REDIS", isEncrypted: tls != nil)
         if let list = text("sentinels") {
             sentinels = try list.split(separator: ",").map { try Self.sentinel($0.filter { $0 != " " }) }
@@ -162,6 +174,10 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         try require((1...64).contains(connections), "connections", "it is 1 to 64")
         try require(maximumInFlight > 0, "maximumInFlight", "it is 1 or more")
         try require(connectTimeout > .zero, "connectTimeout", "it is above zero")
+        try require((0...1_000).contains(replicas), "REDIS_REPLICAS", "it is 0 to 1,000")
+        try require(
+            replicaTimeout > .zero && replicaTimeout < silenceLimit, "replicaTimeout",
+            "it is above zero and below the silence limit")
         try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")
         try tls?.validate("REDIS")
     }

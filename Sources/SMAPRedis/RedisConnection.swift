@@ -16,7 +16,7 @@ final class RedisConnection: Sendable {
     init(_ configuration: RedisConfiguration, onMessage: (@Sendable (String) -> Void)? = nil) throws {
         self.onMessage = onMessage
         self.configuration = configuration
-        self.pipeline = Mutex(RedisPipeline(limit: configuration.maximumInFlight))
+        self.pipeline = Mutex(RedisPipeline(configuration))
         let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
         do {
             // Nothing blocks on this thread after the handshake: the stall limit is for what nobody has thought of.
@@ -45,7 +45,7 @@ final class RedisConnection: Sendable {
     var isClosed: Bool { closed.load(ordering: .acquiring) }
 
     /// Sends a command and returns its reply, errors of the server included.
-    func send(_ command: RedisCommand, deadline: MonotonicTime) async throws -> RedisReply {
+    func send(_ command: RedisCommand, deadline: MonotonicTime) async throws -> RedisPipeline.Answer {
         let id = pipeline.withLock { $0.nextID() }
         return try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { continuation in
@@ -86,11 +86,15 @@ final class RedisConnection: Sendable {
 
     // MARK: The connection thread
 
-    func takeUnsent(into buffer: inout [UInt8]) {
-        pipeline.withLock { $0.takeUnsent(into: &buffer) }
+    func takeUnsent(into buffer: inout [UInt8], now: MonotonicTime) {
+        let next = pipeline.withLock { pipeline in
+            pipeline.takeUnsent(into: &buffer, now: now)
+            return pipeline.nextLook
+        }
+        Watchdog.shared.look(by: next)
     }
 
-    func replied(_ all: [RedisReply]) -> Bool {
+    func replied(_ all: [RedisReply], now: MonotonicTime) -> Bool {
         var replies = all
         if let onMessage {
             replies = all.filter { reply in
@@ -103,7 +107,7 @@ final class RedisConnection: Sendable {
         }
         let (answers, isExpected) = pipeline.withLock { pipeline in
             var answers = RedisPipeline.Answers()
-            let isExpected = pipeline.replied(replies, &answers)
+            let isExpected = pipeline.replied(replies, now: now, &answers)
             return (answers, isExpected)
         }
         answers.give()
@@ -111,14 +115,14 @@ final class RedisConnection: Sendable {
     }
 
     private func check(now: MonotonicTime) -> MonotonicTime? {
-        let (answers, next) = pipeline.withLock { pipeline in
-            let answers = pipeline.expire(now: now)
-            return (answers, pipeline.earliestDeadline)
+        let (answers, isSilent, next) = pipeline.withLock { pipeline in
+            (pipeline.expire(now: now), pipeline.isSilent(now: now), pipeline.nextLook)
         }
         answers.give()
-        // A master that is silent may be one no longer: the next call asks the sentinels again.
-        if !answers.calls.isEmpty, !configuration.sentinels.isEmpty {
-            drop(because: "the master does not answer")
+        // It may have moved, or be the master no longer, and the kernel would not tell for a quarter of an hour.
+        if isSilent {
+            drop(because: "the server has been silent for too long")
+            return nil
         }
         return next == .distantFuture ? nil : next
     }

@@ -84,14 +84,15 @@ final class RedisDriver: ConnectionDriver {
     }
 
     func round(now: MonotonicTime) throws -> Interest {
-        try wire.write { connection.takeUnsent(into: &$0) }
+        // Read before written: a reply to `WAIT` lets go what was held back meanwhile.
         while true {
             let replies = try wire.read()
             if replies.isEmpty { break }
-            guard connection.replied(replies) else {
+            guard connection.replied(replies, now: now) else {
                 throw EventsError(.protocolViolation, "a reply that nobody asked for", operation: "redis")
             }
         }
+        try wire.write { connection.takeUnsent(into: &$0, now: now) }
         return Interest(writable: !wire.isFlushed)
     }
 

@@ -30,7 +30,8 @@ public final class RedisInbox: Inbox {
         let operation = "inbox claim"
         let token = EventID().rawValue
         let reply = try await client.run(
-            Self.claimScript, keys: [Self.key(entry)], [token, Self.milliseconds(lease)], operation, deadline)
+            Self.claimScript, keys: [Self.key(entry)], [token, Self.milliseconds(lease)], operation, deadline
+        ).reply
         switch reply {
         case .integer(-1): return .granted(token: token)
         case .integer(-2): return .done

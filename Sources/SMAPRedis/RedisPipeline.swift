@@ -4,13 +4,22 @@ internal import SMAPEvents
 
 /// The commands of one connection: those to be written, and those whose replies are to come, in order.
 ///
-/// A value behind a lock; answers are given outside it. Invariant: replies are matched by position, so a command that
-/// nobody waits for any more keeps its place until its reply has come.
+/// A value behind a lock; answers are given outside it. Invariants: replies are matched by position, so a command that
+/// nobody waits for any more keeps its place until its reply has come. What is to be on replicas is answered after the
+/// `WAIT` that was written behind it; one is under way at a time, and what comes meanwhile shares the next, since Redis
+/// works on nothing else of this connection until it has ended.
 struct RedisPipeline {
-    typealias Continuation = CheckedContinuation<RedisReply, any Error>
+    /// What a command came to.
+    struct Answer: Sendable, Equatable {
+        let reply: RedisReply
+        /// How many replicas have it; nil where it did not ask.
+        var replicas: Int?
+    }
+
+    typealias Continuation = CheckedContinuation<Answer, any Error>
 
     struct Answers {
-        var calls: [(Continuation, Result<RedisReply, any Error>)] = []
+        var calls: [(Continuation, Result<Answer, any Error>)] = []
 
         func give() {
             for (continuation, result) in calls { continuation.resume(with: result) }
@@ -20,19 +29,31 @@ struct RedisPipeline {
     private struct Entry {
         let id: UInt64
         let deadline: MonotonicTime
+        let awaitsReplicas: Bool
         var continuation: Continuation?
     }
 
     private let limit: Int
+    private let silenceLimit: Duration
+    private let wait: [UInt8]
     private var lastID: UInt64 = 0
     private var unsent: [(entry: Entry, bytes: [UInt8])] = []
-    private var awaiting: Deque<Entry> = []
+    /// Nil stands for `WAIT`.
+    private var awaiting: Deque<Entry?> = []
+    private var isWaiting = false
+    /// Answered by the master, until `WAIT` is.
+    private var held: [(entry: Entry, reply: RedisReply)] = []
     private var failure: EventsError?
     /// No deadline is earlier than this; it may be too early.
-    private(set) var earliestDeadline = MonotonicTime.distantFuture
+    private var earliestDeadline = MonotonicTime.distantFuture
+    /// Since when the server owes a reply and has sent none.
+    private var silentSince = MonotonicTime.distantFuture
 
-    init(limit: Int) {
-        self.limit = limit
+    init(_ configuration: RedisConfiguration) {
+        limit = configuration.maximumInFlight
+        silenceLimit = configuration.silenceLimit
+        let milliseconds = configuration.replicaTimeout / .milliseconds(1)
+        wait = RedisCommand(["WAIT", String(configuration.replicas), String(max(1, Int(milliseconds)))]).bytes
     }
 
     mutating func nextID() -> UInt64 {
@@ -46,12 +67,14 @@ struct RedisPipeline {
         var answers = Answers()
         if let failure {
             answers.calls.append((continuation, .failure(failure)))
-        } else if unsent.count + awaiting.count >= limit {
+        } else if unsent.count + awaiting.count + held.count >= limit {
             let error = EventsError(
                 .overloaded, "\(limit) commands are under way already", operation: "redis")
             answers.calls.append((continuation, .failure(error)))
         } else {
-            unsent.append((Entry(id: id, deadline: deadline, continuation: continuation), command.bytes))
+            let entry = Entry(
+                id: id, deadline: deadline, awaitsReplicas: command.awaitsReplicas, continuation: continuation)
+            unsent.append((entry, command.bytes))
             earliestDeadline = min(earliestDeadline, deadline)
         }
         return answers
@@ -63,31 +86,72 @@ struct RedisPipeline {
             if let continuation = unsent.remove(at: index).entry.continuation {
                 answers.calls.append((continuation, .failure(CancellationError())))
             }
-        } else if let index = awaiting.firstIndex(where: { $0.id == id }),
-            let continuation = awaiting[index].continuation
+        } else if let index = awaiting.firstIndex(where: { $0?.id == id }),
+            let continuation = awaiting[index]?.continuation
         {
-            awaiting[index].continuation = nil
+            awaiting[index]?.continuation = nil
+            answers.calls.append((continuation, .failure(CancellationError())))
+        } else if let index = held.firstIndex(where: { $0.entry.id == id }),
+            let continuation = held.remove(at: index).entry.continuation
+        {
             answers.calls.append((continuation, .failure(CancellationError())))
         }
         return answers
     }
 
     /// Appends what is to be written to `buffer`. From here on replies are expected.
-    mutating func takeUnsent(into buffer: inout [UInt8]) {
+    mutating func takeUnsent(into buffer: inout [UInt8], now: MonotonicTime) {
+        guard !isWaiting, !unsent.isEmpty else { return }
+        if awaiting.isEmpty { silentSince = now }
         for (entry, bytes) in unsent {
             buffer.append(contentsOf: bytes)
             awaiting.append(entry)
+            isWaiting = isWaiting || entry.awaitsReplicas
+        }
+        if isWaiting {
+            buffer.append(contentsOf: wait)
+            awaiting.append(nil)
         }
         unsent.removeAll(keepingCapacity: true)
     }
 
     /// Matches replies with their commands. False if one came that nobody asked for.
-    mutating func replied(_ replies: [RedisReply], _ answers: inout Answers) -> Bool {
+    mutating func replied(_ replies: [RedisReply], now: MonotonicTime, _ answers: inout Answers) -> Bool {
         for reply in replies {
-            guard let entry = awaiting.popFirst() else { return false }
-            if let continuation = entry.continuation { answers.calls.append((continuation, .success(reply))) }
+            guard let place = awaiting.popFirst() else { return false }
+            guard let entry = place else {
+                isWaiting = false
+                for (entry, first) in held {
+                    // Refused, most likely for want of the permission: an error, since it would be refused each time.
+                    let answer = reply.number.map { Answer(reply: first, replicas: $0) } ?? Answer(reply: reply)
+                    if let continuation = entry.continuation {
+                        answers.calls.append((continuation, .success(answer)))
+                    }
+                }
+                held = []
+                continue
+            }
+            if case .error = reply {
+            } else if entry.awaitsReplicas {
+                held.append((entry, reply))
+                continue
+            }
+            if let continuation = entry.continuation {
+                answers.calls.append((continuation, .success(Answer(reply: reply))))
+            }
         }
+        silentSince = awaiting.isEmpty ? .distantFuture : now
         return true
+    }
+
+    /// When to look at deadlines and silence again; it may be too early.
+    var nextLook: MonotonicTime { min(earliestDeadline, silenceEnds) }
+
+    /// Whether the server owes a reply and has sent nothing for too long: it may have gone without a word.
+    func isSilent(now: MonotonicTime) -> Bool { silenceEnds <= now }
+
+    private var silenceEnds: MonotonicTime {
+        silentSince == .distantFuture ? .distantFuture : silentSince.advanced(by: silenceLimit)
     }
 
     /// Answers every caller whose deadline has passed. Whether the command was carried out is then unknown; every
@@ -107,13 +171,24 @@ struct RedisPipeline {
             return true
         }
         for index in awaiting.indices {
-            guard let continuation = awaiting[index].continuation else { continue }
-            guard awaiting[index].deadline <= now else {
-                next = min(next, awaiting[index].deadline)
+            guard let entry = awaiting[index], let continuation = entry.continuation else { continue }
+            guard entry.deadline <= now else {
+                next = min(next, entry.deadline)
                 continue
             }
-            awaiting[index].continuation = nil
+            awaiting[index]?.continuation = nil
             answers.calls.append((continuation, .failure(Self.late("not answered"))))
+        }
+        held.removeAll { entry, reply in
+            guard entry.deadline <= now else {
+                next = min(next, entry.deadline)
+                return false
+            }
+            // It is done; of replicas nothing is known.
+            if let continuation = entry.continuation {
+                answers.calls.append((continuation, .success(Answer(reply: reply, replicas: 0))))
+            }
+            return true
         }
         earliestDeadline = next
         return answers
@@ -124,10 +199,14 @@ struct RedisPipeline {
         failure = error
         var answers = Answers()
         for entry in awaiting + unsent.map(\.entry) {
-            if let continuation = entry.continuation { answers.calls.append((continuation, .failure(error))) }
+            if let continuation = entry?.continuation { answers.calls.append((continuation, .failure(error))) }
         }
-        unsent = []
-        awaiting = []
+        for (entry, reply) in held {
+            if let continuation = entry.continuation {
+                answers.calls.append((continuation, .success(Answer(reply: reply, replicas: 0))))
+            }
+        }
+        (unsent, awaiting, held, silentSince) = ([], [], [], .distantFuture)
         return answers
     }
 

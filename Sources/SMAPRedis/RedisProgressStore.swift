@@ -164,10 +164,10 @@ public final class RedisProgressStore: ProgressStore {
         of project: ProjectID, _ clients: [RedisClient], _ timeToLive: String, _ layout: ProgressLayout,
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProjectProgress? {
-        let reply = try await client(for: project, clients).run(
+        let answer = try await client(for: project, clients).run(
             TrackerScript.progress.source, keys: keys(project), [timeToLive, layout.rawValue], "progress \(project)",
             deadline)
-        let update = try update(from: reply, .progress, project)
+        let update = try update(from: answer, .progress, project)
         switch update.verdict {
         case .unknownProject: return nil
         case .corrupt:
@@ -209,9 +209,9 @@ public final class RedisProgressStore: ProgressStore {
 
     /// See ``SMAPEvents/ProgressStore``.
     public func clear(_ finish: PendingFinish, deadline: ContinuousClock.Instant) async throws -> Bool {
-        let reply = try await run(
+        let answer = try await run(
             .clear, finish.project, [finish.eventID.rawValue, finish.project.rawValue], nil, deadline)
-        return reply.number == 1
+        return answer.reply.number == 1
     }
 
     /// See ``SMAPEvents/ProgressStore``.
@@ -232,7 +232,8 @@ public final class RedisProgressStore: ProgressStore {
         let reply: RedisReply
         do {
             reply = try await run(
-                .inspect, project, [finishEventID.rawValue, project.rawValue, isDryRun ? "1" : ""], nil, deadline)
+                .inspect, project, [finishEventID.rawValue, project.rawValue, isDryRun ? "1" : ""], nil, deadline
+            ).reply
         } catch let error as EventsError where error.code == .corruptProgress {
             return ProjectFindings(findings: [.corrupt], mended: [], progress: nil, idle: nil)
         }
@@ -242,7 +243,7 @@ public final class RedisProgressStore: ProgressStore {
         func findings(_ text: String) -> [ProjectFindings.Finding] {
             text.split(separator: ",").map { ProjectFindings.Finding(String($0)) }
         }
-        let update = try Self.update(from: parts[3], .inspect, project)
+        let update = try Self.update(from: RedisPipeline.Answer(reply: parts[3]), .inspect, project)
         let isThere = update.verdict != .unknownProject && update.verdict != .corrupt
         let life = Int(timeToLive) ?? 0
         return ProjectFindings(
@@ -268,7 +269,8 @@ public final class RedisProgressStore: ProgressStore {
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], layout: ProgressLayout? = nil,
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProgressUpdate {
-        try Self.update(from: try await run(script, project, arguments, layout, deadline), script, project)
+        let answer = try await run(script, project, arguments, layout, isUpdate: true, deadline)
+        return try Self.update(from: answer, script, project)
     }
 
     /// The project that a key or channel belongs to: the hash's, or one of its family, which carries that in braces.
@@ -282,9 +284,9 @@ public final class RedisProgressStore: ProgressStore {
     }
 
     private static func update(
-        from reply: RedisReply, _ script: TrackerScript, _ project: ProjectID
+        from answer: RedisPipeline.Answer, _ script: TrackerScript, _ project: ProjectID
     ) throws -> ProgressUpdate {
-        guard case .array(let fields) = reply, fields.count >= 12, let verdict = fields[0].text,
+        guard case .array(let fields) = answer.reply, fields.count >= 12, let verdict = fields[0].text,
             let items = fields[1].text, let status = fields[2].text, let layout = fields[3].text,
             let generation = fields[5].number, let finish = fields[6].text, let reason = fields[8].text
         else { throw EventsError(.protocolViolation, "an unexpected reply", operation: "\(script.name) \(project)") }
@@ -300,7 +302,7 @@ public final class RedisProgressStore: ProgressStore {
                 project: project, status: ProjectProgress.Status(status), layout: ProgressLayout(layout),
                 stages: stages, isSealed: fields[4].number == 1, generation: generation,
                 finishEventID: finish.isEmpty ? nil : try EventID(finish), isCancelled: fields[7].number == 1,
-                reason: reason.isEmpty ? nil : reason))
+                reason: reason.isEmpty ? nil : reason), replicas: answer.replicas)
     }
 
     private static func client(for project: ProjectID, _ clients: [RedisClient]) -> RedisClient {
@@ -309,10 +311,11 @@ public final class RedisProgressStore: ProgressStore {
 
     private func run(
         _ script: TrackerScript, _ project: ProjectID, _ arguments: [String], _ layout: ProgressLayout?,
-        _ deadline: ContinuousClock.Instant
-    ) async throws -> RedisReply {
+        isUpdate: Bool = false, _ deadline: ContinuousClock.Instant
+    ) async throws -> RedisPipeline.Answer {
         try await Self.client(for: project, clients).run(
             script.source, keys: Self.keys(project),
-            [timeToLive, (layout ?? assumedLayout).rawValue] + arguments, "\(script.name) \(project)", deadline)
+            [timeToLive, (layout ?? assumedLayout).rawValue] + arguments, "\(script.name) \(project)",
+            isUpdate: isUpdate, deadline)
     }
 }

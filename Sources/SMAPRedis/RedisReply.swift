@@ -41,6 +41,11 @@ enum RedisReply: Sendable, Equatable {
 
 /// What a class of error replies means to a caller (TRAPS: the first word tells).
 enum RedisFailure {
+    /// Whether the server has done nothing and may be able to, soon, or another one in its place.
+    static func isPassing(_ text: String) -> Bool {
+        error(text, operation: "").code == .storeUnavailable
+    }
+
     static func error(_ text: String, operation: String) -> EventsError {
         let word = text.prefix { $0 != " " }
         // What a script may not call is told as any error of a script is.

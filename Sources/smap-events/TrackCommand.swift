@@ -36,6 +36,8 @@ struct TrackCommand: AsyncParsableCommand {
         var cancelled: Bool?
         var reason: String?
         var verdict: String?
+        /// How many replicas have the update; only where it waited for some.
+        var replicas: Int?
         var finish_event_id: String?
 
         struct Stage: Encodable {
@@ -45,7 +47,13 @@ struct TrackCommand: AsyncParsableCommand {
             var errors: Int
         }
 
-        init(_ progress: ProjectProgress, verdict: ProgressUpdate.Verdict? = nil) {
+        init(_ update: ProgressUpdate) {
+            self.init(update.progress)
+            verdict = update.verdict.description
+            replicas = update.replicas
+        }
+
+        init(_ progress: ProjectProgress) {
             project_id = progress.project.rawValue
             status = progress.status.rawValue
             total = progress.total
@@ -61,7 +69,6 @@ struct TrackCommand: AsyncParsableCommand {
             }
             cancelled = progress.isCancelled ? true : nil
             reason = progress.reason
-            self.verdict = verdict?.description
             finish_event_id = progress.finishEventID?.rawValue
         }
     }
@@ -75,7 +82,7 @@ struct TrackCommand: AsyncParsableCommand {
             let update = try await RedisProgressStore.withStore(configuration: Settings.redis()) { store in
                 try await operation(ProgressTracker(store: store), id)
             }
-            Console.line(try Console.json(State(update.progress, verdict: update.verdict)))
+            Console.line(try Console.json(State(update)))
         }
     }
 

@@ -5,6 +5,24 @@ import SMAPRedis
 import Synchronization
 import Testing
 
+/// A publisher that only remembers what it was given.
+final class Ledger: EventPublishing {
+    let events = Mutex<[(project: ProjectID?, id: EventID?)]>([])
+    let isDown = Mutex(false)
+    let attempts = Mutex(0)
+
+    func declareExchanges() async throws {}
+    func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
+        throw EventsError(.invalidEvent, "not here", operation: "publish")
+    }
+    func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
+        attempts.withLock { $0 += 1 }
+        if isDown.withLock({ $0 }) { throw EventsError(.unsent, "the broker is away", operation: "publish") }
+        events.withLock { $0.append((event.projectID, options.eventID)) }
+        return PublishReceipt(eventID: options.eventID ?? EventID(), routingKey: event.routingKey, legs: [])
+    }
+}
+
 /// The tracker beside siblings, and what looks at all projects: each test in a Redis database of its own.
 @Suite(.timeLimit(.minutes(2))) struct ProgressTests {
     private func withStore(
@@ -20,24 +38,6 @@ import Testing
         try await RedisProgressStore.withStore(
             configuration: RedisConfiguration(host: "127.0.0.1", port: port, database: database)
         ) { try await body($0, redis) }
-    }
-
-    /// A publisher that only remembers what it was given.
-    private final class Ledger: EventPublishing {
-        let events = Mutex<[(project: ProjectID?, id: EventID?)]>([])
-        let isDown = Mutex(false)
-        let attempts = Mutex(0)
-
-        func declareExchanges() async throws {}
-        func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
-            throw EventsError(.invalidEvent, "not here", operation: "publish")
-        }
-        func publish(_ event: UntypedEvent, options: PublishOptions) async throws -> PublishReceipt {
-            attempts.withLock { $0 += 1 }
-            if isDown.withLock({ $0 }) { throw EventsError(.unsent, "the broker is away", operation: "publish") }
-            events.withLock { $0.append((event.projectID, options.eventID)) }
-            return PublishReceipt(eventID: options.eventID ?? EventID(), routingKey: event.routingKey, legs: [])
-        }
     }
 
     @Test func `a sibling in Python counts on the same hash: no count is lost, and there is one finish`() async throws {
@@ -300,159 +300,6 @@ import Testing
             #expect(error?.code == .accessRefused && "\(String(describing: error))".contains("wrong") == false)
         }
         _ = try await Program.run("redis-cli", ["-p", "\(port)", "ACL", "DELUSER", name])
-    }
-
-    @Test func `a server that may lose what it holds is warned of`() async throws {
-        var options = LocalStack.Options()
-        options.rabbitMQ = false
-        try await LocalStack.withStack(options) { stack in
-            let store = try RedisProgressStore(
-                configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
-            func set(_ setting: String, _ value: String) async throws {
-                _ = try await Program.run("redis-cli", ["-p", "\(stack.redisPort)", "CONFIG", "SET", setting, value])
-            }
-            try await set("appendonly", "yes")
-            #expect(await store.health().warnings.isEmpty)
-            try await set("appendonly", "no")
-            try await set("maxmemory-policy", "allkeys-lru")
-            let health = await store.health()
-            #expect(health.isHealthy)
-            #expect(health.warnings.map { $0.contains("appendonly") || $0.contains("allkeys-lru") } == [true, true])
-            await store.close()
-        }
-    }
-
-    private func withRedis(
-        _ arguments: [String], _ body: (LocalStack, RedisProgressStore) async throws -> Void
-    ) async throws {
-        var options = LocalStack.Options()
-        options.rabbitMQ = false
-        options.redisArguments = arguments
-        try await LocalStack.withStack(options) { stack in
-            let store = try RedisProgressStore(
-                configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
-            try await body(stack, store)
-            await store.close()
-        }
-    }
-
-    @Test func `what a Redis with append-only on has answered is there after kill -9`() async throws {
-        try await withRedis(["--appendonly", "yes", "--appendfsync", "always"]) { stack, store in
-            let tracker = ProgressTracker(store: store, deadline: .seconds(5))
-            let project = try ProjectID("killed")
-            try await tracker.start(project)
-            try await tracker.seal(project, total: 5_000)
-            let answered = Locked<Set<Int>>([])
-            let failed = Locked(0)
-            try await withThrowingTaskGroup { group in
-                for task in 0..<8 {
-                    group.addTask {
-                        for index in stride(from: task, to: 5_000, by: 8) {
-                            do {
-                                try await tracker.advance(project, item: .index(index), outcome: .success)
-                                answered.withLock { _ = $0.insert(index) }
-                            } catch let error as EventsError where error.isRetriable {
-                                failed.withLock { $0 += 1 }
-                                return
-                            }
-                        }
-                    }
-                }
-                try await eventually("it counts") { answered.withLock { $0.count } > 1_000 }
-                try await stack.kill(.redis)
-                try await group.waitForAll()
-            }
-            #expect(failed.withLock { $0 } == 8, "each of them noticed")
-            try await stack.restart(.redis)
-            let known = answered.withLock { $0 }
-            // Nothing that was answered counts again; what was under way may have been counted or not.
-            for index in known.sorted() {
-                let update = try await tracker.advance(project, item: .index(index), outcome: .success)
-                #expect(update.verdict == .duplicate)
-            }
-            let done = try #require(try await tracker.progress(of: project)?.done)
-            #expect(done >= known.count && done <= known.count + 8)
-            for index in 0..<5_000 { try await tracker.advance(project, item: .index(index), outcome: .success) }
-            #expect(try await tracker.progress(of: project)?.status == .done)
-        }
-    }
-
-    @Test func `a Redis that is full refuses before anything is written, and goes on when there is room`() async throws
-    {
-        try await withRedis([]) { stack, store in
-            func limit(_ value: String) async throws {
-                _ = try await Program.run(
-                    "redis-cli", ["-p", "\(stack.redisPort)", "CONFIG", "SET", "maxmemory", value])
-            }
-            let tracker = ProgressTracker(store: store)
-            let project = try ProjectID("full")
-            try await tracker.start(project)
-            try await tracker.seal(project, total: 2)
-            try await tracker.advance(project, item: .index(0), outcome: .success)
-            let other = try ProjectID("empty")
-            try await tracker.start(other)
-            try await tracker.seal(other, total: 0)
-            try await limit("1")
-            let error = await #expect(throws: EventsError.self) {
-                try await tracker.advance(project, item: .index(1), outcome: .success)
-            }
-            #expect(error?.code == .storeFull && error?.isRetriable == true)
-            #expect(try await tracker.progress(of: project)?.done == 1, "reading goes on")
-            // What is pending is published, and clearing it gives room; what cannot be looked at holds nothing back.
-            let foreign = try ProjectID("foreign")
-            try await limit("0")
-            _ = try await Program.run(
-                "redis-cli",
-                ["-p", "\(stack.redisPort)", "-n", "1", "HSET", "smap:proj:\(foreign)", "status", "PROCESSING_WAIT"])
-            try await limit("1")
-            let ledger = Ledger()
-            let finishLine = FinishLine(store: store, publisher: ledger)
-            #expect(try await finishLine.sweep() == 1)
-            #expect(ledger.events.withLock { $0.map(\.project) } == [other])
-            #expect(try await store.pendingFinishes(limit: 10, deadline: .now + .seconds(5)).isEmpty)
-            try await limit("0")
-            #expect(try await finishLine.sweep() == 1, "the one that a sibling sealed")
-            #expect(try await tracker.advance(project, item: .index(1), outcome: .success).didFinish)
-        }
-    }
-
-    @Test func `when the master becomes a replica every call ends as retriable, and it goes on when it is one again`()
-        async throws
-    {
-        try await withRedis([]) { stack, store in
-            func replicate(_ of: String...) async throws {
-                _ = try await Program.run("redis-cli", ["-p", "\(stack.redisPort)", "REPLICAOF"] + of)
-            }
-            let tracker = ProgressTracker(store: store)
-            let project = try ProjectID("demoted")
-            try await tracker.start(project)
-            try await tracker.seal(project, total: 10_000)
-            let failures = Locked<[EventsError]>([])
-            let counted = Locked(0)
-            try await withThrowingTaskGroup { group in
-                for task in 0..<32 {
-                    group.addTask {
-                        for index in stride(from: task, to: 10_000, by: 32) {
-                            do {
-                                try await tracker.advance(project, item: .index(index), outcome: .success)
-                                counted.withLock { $0 += 1 }
-                            } catch let error as EventsError {
-                                failures.withLock { $0.append(error) }
-                                return
-                            }
-                        }
-                    }
-                }
-                try await eventually("it counts") { counted.withLock { $0 } > 500 }
-                try await replicate("127.0.0.1", "1")
-                try await group.waitForAll()
-            }
-            let seen = failures.withLock { $0 }
-            #expect(seen.count == 32 && seen.allSatisfy(\.isRetriable), "\(Set(seen.map(\.code)))")
-            try await replicate("NO", "ONE")
-            for index in 0..<10_000 { try await tracker.advance(project, item: .index(index), outcome: .success) }
-            #expect(try await tracker.progress(of: project)?.status == .done)
-        }
     }
 
     @Test func `a project lives on while it is updated, and goes with its family when it is idle`() async throws {

@@ -91,6 +91,27 @@ private struct Measured: SMAPEvent {
         #expect(try metrics.expectGauge("events_subscription_active", [queue]).values.contains(1))
     }
 
+    @Test func `what became of each report of an item is counted, those of a project that is gone too`() async throws {
+        let metrics = Self.metrics
+        let tracker = ProgressTracker(store: InMemoryProgressStore())
+        let project = try ProjectID("measured")
+        func total(_ verdict: ProgressUpdate.Verdict) throws -> Int64 {
+            try metrics.expectCounter("progress_reports_total", [("verdict", "\(verdict)")]).totalValue
+        }
+        // Other tests count too, at the same time.
+        let before = try [.unknownProject, .counted, .duplicate].map(total)
+        await #expect(throws: EventsError.self) {
+            try await tracker.advance(project, (0..<50).map { ItemReport(.index($0), .success) })
+        }
+        #expect(try await tracker.progress(of: project) == nil, "no report brings a project back")
+        try await tracker.start(project)
+        let reports = (0..<60).map { ItemReport(.index($0 % 40), .success) }
+        #expect(try await tracker.advance(project, reports).progress.done == 40)
+        #expect(try total(.unknownProject) >= before[0] + 50)
+        #expect(try total(.counted) >= before[1] + 40)
+        #expect(try total(.duplicate) >= before[2] + 20)
+    }
+
     @Test func `a queue that is too deep refuses publishers until it is drained, and its depth is a metric`()
         async throws
     {

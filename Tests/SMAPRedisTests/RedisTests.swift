@@ -131,7 +131,7 @@ import Testing
 }
 
 private final class PipelineBench: Sendable {
-    private let pipeline = Mutex(RedisPipeline(limit: 10))
+    private let pipeline = Mutex(RedisPipeline(RedisConfiguration()))
     private let submitted = Mutex(0)
 
     func send(_ id: UInt64, isSubmitted number: Int) async -> String {
@@ -142,7 +142,7 @@ private final class PipelineBench: Sendable {
                 }.give()
                 submitted.withLock { $0 = number }
             }
-            return "\(id): \(reply)"
+            return "\(id): \(reply.reply)"
         } catch {
             return "\(id): cancelled"
         }
@@ -155,7 +155,7 @@ private final class PipelineBench: Sendable {
     func take() {
         pipeline.withLock { pipeline in
             var buffer: [UInt8] = []
-            pipeline.takeUnsent(into: &buffer)
+            pipeline.takeUnsent(into: &buffer, now: .now)
         }
     }
 
@@ -164,7 +164,7 @@ private final class PipelineBench: Sendable {
     func reply(_ replies: [RedisReply]) {
         pipeline.withLock { pipeline in
             var answers = RedisPipeline.Answers()
-            _ = pipeline.replied(replies, &answers)
+            _ = pipeline.replied(replies, now: .now, &answers)
             return answers
         }.give()
     }

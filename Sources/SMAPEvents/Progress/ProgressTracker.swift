@@ -11,6 +11,7 @@ public struct ProgressTracker: Sendable {
     private let store: any ProgressStore
     private let finishLine: FinishLine?
     private let deadline: Duration
+    private let metrics = ProgressMetrics()
 
     /// Makes a tracker.
     ///
@@ -126,7 +127,9 @@ public struct ProgressTracker: Sendable {
         }
         let reports = AdvanceRequest(items, stage: stage, generation: generation)
         return try await run("advance", project) {
-            try await store.advance(project, reports, finishEventID: EventID(), deadline: $0)
+            let update = try await store.advance(project, reports, finishEventID: EventID(), deadline: $0)
+            metrics.reported(items.count, update)
+            return update
         }
     }
 

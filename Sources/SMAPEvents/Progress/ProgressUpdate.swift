@@ -64,12 +64,16 @@ public struct ProgressUpdate: Sendable, Hashable {
     public let items: [Verdict]
     /// The project's progress after it.
     public let progress: ProjectProgress
+    /// How many replicas of the store have it; nil where the store was not told to wait for some. Fewer than asked for, when
+    /// they did not answer in time: the update stands all the same.
+    public let replicas: Int?
 
     /// Reports an operation.
-    public init(verdict: Verdict, items: [Verdict] = [], progress: ProjectProgress) {
+    public init(verdict: Verdict, items: [Verdict] = [], progress: ProjectProgress, replicas: Int? = nil) {
         self.verdict = verdict
         self.items = items
         self.progress = progress
+        self.replicas = replicas
     }
 
     /// Whether this very operation finished the project. True once per project.
