@@ -39,6 +39,14 @@ struct BenchCommand: AsyncParsableCommand {
         @Flag(help: "Print JSON lines.")
         var json = false
 
+        /// Prints a result.
+        func emit<Value: Encodable>(_ value: Value, _ text: String) throws {
+            let encoder = JSONEncoder()
+            encoder.outputFormatting = .sortedKeys
+            let line = json ? String(decoding: try encoder.encode(value), as: UTF8.self) : text
+            FileHandle.standardOutput.write(Data((line + "\n").utf8))
+        }
+
         func validate() throws {
             guard messages > 0, window > 0, window <= 65_535, tasks > 0, (250...200_000).contains(size) else {
                 throw ValidationError(
@@ -90,6 +98,23 @@ struct BenchCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Report indexed items of one project.")
         @OptionGroup var options: Options
 
+        @Flag(
+            help: """
+                Instead, compare projects of 1,000 items with one of a million, by index and by name, five times: the time \
+                of a report, and the memory of an item.
+                """)
+        var growth = false
+
+        @Option(help: "Instead, let so many ask for a project's progress every 2 s, for 20 s.")
+        var pollers: Int?
+
+        func validate() throws {
+            guard pollers ?? 1 > 0 else { throw ValidationError("pollers are above 0.") }
+            guard [growth, pollers != nil, options.raw].count(where: { $0 }) <= 1 else {
+                throw ValidationError("--growth, --pollers and --raw measure different things: give one.")
+            }
+        }
+
         func run() async throws {
             let environment = ProcessInfo.processInfo.environment
             if environment["REDIS_URL"] ?? environment["REDIS_HOST"] != nil {
@@ -105,7 +130,13 @@ struct BenchCommand: AsyncParsableCommand {
 
         private func measure(_ configuration: RedisConfiguration) async throws {
             let bench = try RedisBench(configuration, options)
-            try await compare(options, "track", typed: bench.typed, raw: bench.raw)
+            if growth {
+                try await bench.growth()
+            } else if let pollers {
+                try await bench.poll(pollers)
+            } else {
+                try await compare(options, "track", typed: bench.typed, raw: bench.raw)
+            }
             await bench.close()
         }
     }

@@ -101,14 +101,8 @@ func compare(
 ) async throws {
     func show(_ name: String, _ measurement: Measurement) throws -> Measurement {
         let report = Report(name, measurement)
-        try emit(report, report.text)
+        try options.emit(report, report.text)
         return measurement
-    }
-    func emit<Value: Encodable>(_ value: Value, _ text: String) throws {
-        let encoder = JSONEncoder()
-        encoder.outputFormatting = .sortedKeys
-        let line = options.json ? String(decoding: try encoder.encode(value), as: UTF8.self) : text
-        FileHandle.standardOutput.write(Data((line + "\n").utf8))
     }
     guard options.raw else {
         _ = try show(what, try await typed())
@@ -123,7 +117,7 @@ func compare(
     }
     ratios = ratios.map { ($0 * 1000).rounded() / 1000 }
     let median = ratios.sorted()[ratios.count / 2]
-    try emit(
+    try options.emit(
         Comparison(what: what, ratios: ratios, median_ratio: median), "\(what): median ratio typed to raw \(median)")
 }
 

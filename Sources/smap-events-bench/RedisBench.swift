@@ -5,38 +5,47 @@ import SMAPRedis
 
 /// Reports items by index: through the tracker, and with hiredis pipelining the same script.
 final class RedisBench: Sendable {
-    private let configuration: RedisConfiguration
-    private let options: BenchCommand.Options
+    let configuration: RedisConfiguration
+    let options: BenchCommand.Options
     private let store: RedisProgressStore
+    let tracker: ProgressTracker
 
     init(_ configuration: RedisConfiguration, _ options: BenchCommand.Options) throws {
         self.configuration = configuration
         self.options = options
         store = try RedisProgressStore(configuration: configuration)
+        tracker = ProgressTracker(store: store)
     }
 
     func close() async { await store.close() }
 
-    private func freshProject() async throws -> ProjectID {
+    /// A project that will not finish.
+    func freshProject(_ items: Int) async throws -> ProjectID {
         let project = try ProjectID("bench_\(EventID())")
-        let tracker = ProgressTracker(store: store)
         try await tracker.start(project)
-        try await tracker.seal(project, total: options.messages + 1)
+        try await tracker.seal(project, total: items + 1)
         return project
     }
 
     func typed() async throws -> Measurement {
-        let project = try await freshProject()
-        let tracker = ProgressTracker(store: store)
-        return try await Measurement.of(options.messages) {
+        let project = try await freshProject(options.messages)
+        return try await report(options.messages) { (project, .index($0)) }
+    }
+
+    /// Reports so many items, one after the other in each task.
+    func report(
+        _ count: Int, _ item: @escaping @Sendable (Int) -> (ProjectID, ItemReference)
+    ) async throws -> Measurement {
+        try await Measurement.of(count) {
             try await withThrowingTaskGroup(of: [UInt64].self) { group in
                 let tasks = options.tasks
                 for task in 0..<tasks {
-                    group.addTask { [messages = options.messages] in
+                    group.addTask { [tracker] in
                         var latencies: [UInt64] = []
-                        for index in stride(from: task, to: messages, by: tasks) {
+                        for number in stride(from: task, to: count, by: tasks) {
                             let start = ContinuousClock.now
-                            let update = try await tracker.advance(project, item: .index(index), outcome: .success)
+                            let (project, item) = item(number)
+                            let update = try await tracker.advance(project, item: item, outcome: .success)
                             guard update.verdict == .counted else { throw RawRedis.Failure(text: "\(update.verdict)") }
                             latencies.append(nanoseconds(since: start))
                         }
@@ -49,7 +58,7 @@ final class RedisBench: Sendable {
     }
 
     func raw() async throws -> Measurement {
-        let project = try await freshProject()
+        let project = try await freshProject(options.messages)
         let (configuration, options) = (configuration, options)
         let raw = try await blocking { try RawRedis(configuration) }
         return try await Measurement.of(options.messages) {
@@ -84,6 +93,11 @@ final class RawRedis: @unchecked Sendable {
     }
 
     deinit { redisFree(context) }
+
+    func command(_ arguments: [String]) throws -> String {
+        try append(arguments)
+        return try reply()
+    }
 
     /// Keeps `depth` commands under way, each with an event id of its own as the tracker sends it.
     func advance(_ project: ProjectID, count: Int, depth: Int) throws {
@@ -121,7 +135,7 @@ final class RawRedis: @unchecked Sendable {
         guard redisGetReply(context, &raw) == REDIS_OK, let raw else { throw Failure(text: "reply") }
         defer { freeReplyObject(raw) }
         let reply = raw.assumingMemoryBound(to: redisReply.self).pointee
-        let text = reply.str.map { String(cString: $0) } ?? ""
+        let text = reply.str.map { String(cString: $0) } ?? String(reply.integer)
         if reply.type == REDIS_REPLY_ERROR { throw Failure(text: text) }
         return text
     }

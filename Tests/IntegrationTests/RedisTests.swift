@@ -190,6 +190,50 @@ import Testing
         await store.close()
     }
 
+    @Test(.timeLimit(.minutes(2)))
+    func `a million indexed items are remembered in little memory, each counts once, and the last one finishes`()
+        async throws
+    {
+        let store = try await SharedStack.store()
+        let tracker = ProgressTracker(store: store)
+        let project = try ProjectID("million_\(EventID())")
+        let total = 1_000_000
+        try await tracker.start(project)
+        try await tracker.seal(project, total: total)
+        /// Every seventh comes twice, every hundredth fails.
+        let verdicts = try await withThrowingTaskGroup(of: [ProgressUpdate.Verdict: Int].self) { group in
+            for task in 0..<4 {
+                group.addTask {
+                    var verdicts: [ProgressUpdate.Verdict: Int] = [:]
+                    for start in stride(from: task * 800, to: total, by: 3_200) {
+                        let items = start..<min(start + 800, total)
+                        let reports = items.flatMap { index in
+                            let report = ItemReport(.index(index), index % 100 == 0 ? .failure : .success)
+                            return index % 7 == 0 ? [report, report] : [report]
+                        }
+                        for verdict in try await tracker.advance(project, reports).items {
+                            verdicts[verdict, default: 0] += 1
+                        }
+                    }
+                    return verdicts
+                }
+            }
+            return try await group.reduce(into: [:]) { $0.merge($1, uniquingKeysWith: +) }
+        }
+        #expect(verdicts[.finished] == 1 && verdicts[.counted] == total - 1, "\(verdicts)")
+        let progress = try #require(try await tracker.progress(of: project))
+        #expect(progress.status == .done && progress.done == total && progress.errors == total / 100)
+        let keys = ["", "ok", "err", "finish"].map {
+            $0.isEmpty ? "smap:proj:\(project)" : "{smap:proj:\(project)}:\($0)"
+        }
+        var bytes = 0
+        for key in keys { bytes += Int(try await redis("MEMORY", "USAGE", key)) ?? 0 }
+        print("a project of a million indexed items: \(bytes) bytes")
+        // One bit for each outcome is 250,000; Redis makes room for more at a time.
+        #expect((125_000...600_000).contains(bytes))
+        await store.close()
+    }
+
     @Test func `a key of another type is a typed error`() async throws {
         let store = try await SharedStack.store()
         let project = try ProjectID("type_\(EventID())")
