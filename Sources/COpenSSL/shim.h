@@ -8,6 +8,16 @@
 #include <openssl/x509v3.h>
 #include <stdint.h>
 
+static inline int smap_tls_no_password(char *buffer, int size, int is_writing, void *data) {
+    (void)buffer, (void)size, (void)is_writing, (void)data;
+    return 0;
+}
+
+// Makes an encrypted private key an error. OpenSSL would ask for its pass phrase on the terminal, and wait.
+static inline void smap_tls_never_ask(void *context) {
+    SSL_CTX_set_default_passwd_cb((SSL_CTX *)context, smap_tls_no_password);
+}
+
 // Leaves with the context why OpenSSL refused the server's certificate.
 static inline int smap_tls_verify(int is_fine, X509_STORE_CTX *store) {
     SSL *ssl = (SSL *)X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
@@ -27,7 +37,7 @@ static inline int smap_tls_prepare(void *context, const char *host, int verify_p
     ERR_clear_error();
     if (!SSL_CTX_set_min_proto_version(ssl, TLS1_2_VERSION)) return 0;
     if (use_system_authorities && !SSL_CTX_set_default_verify_paths(ssl)) return 0;
-    SSL_CTX_set_verify(ssl, verify_peer ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, smap_tls_verify);
+    SSL_CTX_set_verify(ssl, verify_peer ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, verify_peer ? smap_tls_verify : NULL);
     if (verify_peer && verify_host) {
         X509_VERIFY_PARAM *rules = SSL_CTX_get0_param(ssl);
         if (!X509_VERIFY_PARAM_set1_ip_asc(rules, host) && !X509_VERIFY_PARAM_set1_host(rules, host, 0)) return 0;

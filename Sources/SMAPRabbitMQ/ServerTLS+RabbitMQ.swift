@@ -11,6 +11,8 @@ extension ServerTLS {
     ///   the server could not be reached.
     func open(_ handle: amqp_connection_state_t, host: String, port: Int, deadline: MonotonicTime) throws {
         guard let socket = amqp_ssl_socket_new(handle) else { throw AMQPFailure.unexpected("out of memory") }
+        let context = amqp_ssl_socket_get_context(socket)
+        smap_tls_never_ask(context)
         if let authorityFile {
             try check(amqp_ssl_socket_set_cacert(socket, authorityFile), "the authorities in \(authorityFile)")
         }
@@ -22,7 +24,6 @@ extension ServerTLS {
         // Its own checks come too late and know less; the context's make the handshake fail.
         amqp_ssl_socket_set_verify_peer(socket, verification.peer ? 1 : 0)
         amqp_ssl_socket_set_verify_hostname(socket, 0)
-        let context = amqp_ssl_socket_get_context(socket)
         guard
             smap_tls_prepare(
                 context, host, verification.peer ? 1 : 0, verification.host ? 1 : 0, authorityFile == nil ? 1 : 0) == 1
@@ -38,7 +39,7 @@ extension ServerTLS {
         }
         if let failure = smap_tls_failure_text() {
             throw EventsError(
-                .tlsFailed, "no TLS 1.2 or newer could be agreed on: \(String(cString: failure))",
+                .tlsFailed, "no encryption (TLS 1.2 or newer) could be agreed on: \(String(cString: failure))",
                 operation: "connect to \(host):\(port)")
         }
         throw AMQPFailure.library(status: status, doing: "\(host):\(port)")

@@ -8,6 +8,8 @@ final class RedisClient: Sendable {
     private enum Slot {
         case idle
         case connection(RedisConnection)
+        /// The server could not work, or was no master: nobody connects before that time.
+        case resting(until: ContinuousClock.Instant, EventsError)
         case closed
     }
 
@@ -58,7 +60,7 @@ final class RedisClient: Sendable {
         }
         var settings: [Substring: Substring] = [:]
         do {
-            for section in ["persistence", "memory"] {
+            for section in ["persistence", "memory", "replication"] {
                 let text = try await command(["INFO", section], "health", deadline).text ?? ""
                 for line in text.split(whereSeparator: \.isNewline) {
                     let parts = line.split(separator: ":", maxSplits: 1)
@@ -66,7 +68,7 @@ final class RedisClient: Sendable {
                 }
             }
         } catch {
-            health.warnings.append("redis: persistence and eviction cannot be looked up")
+            health.warnings.append("redis: persistence, eviction and its role cannot be looked up")
             return health
         }
         func number(_ setting: Substring) -> Int { settings[setting].flatMap { Int($0) } ?? 0 }
@@ -74,8 +76,14 @@ final class RedisClient: Sendable {
         if policy == "noeviction", number("maxmemory") > 0, number("used_memory") >= number("maxmemory") {
             health.problems.append("redis: its memory is full, so that it refuses writes")
         }
-        if settings["aof_last_write_status"] == "err" || settings["rdb_last_bgsave_status"] == "err" {
-            health.problems.append("redis: it could not write to its disk, and may refuse writes")
+        if settings["role"] == "slave" {
+            health.problems.append("redis: it is a replica, so that it refuses writes")
+        }
+        if settings["aof_last_write_status"] == "err" {
+            health.problems.append("redis: it cannot write to its disk, so that it refuses writes")
+        }
+        if settings["rdb_last_bgsave_status"] == "err" {
+            health.warnings.append("redis: its last snapshot failed; it may refuse writes until one succeeds")
         }
         if settings["aof_enabled"] == "0" {
             health.warnings.append(
@@ -154,6 +162,15 @@ final class RedisClient: Sendable {
 
     private static let backoff = Backoff(first: .milliseconds(50), longest: .seconds(1))
 
+    /// Lets nobody connect for a while, when the server behind a connection could not work: however many wait, it is asked
+    /// by one. Calls of their own back-off come later than that, or rest again.
+    private func rest(_ connection: RedisConnection, _ error: EventsError) {
+        slot.withLock { slot in
+            guard case .connection(let current) = slot, current === connection else { return }
+            slot = .resting(until: .now + .milliseconds(100), error)
+        }
+    }
+
     private func attempt(
         _ command: RedisCommand, _ operation: String, _ deadline: ContinuousClock.Instant
     ) async throws -> RedisPipeline.Answer {
@@ -161,7 +178,8 @@ final class RedisClient: Sendable {
             switch slot {
             case .connection(let connection) where !connection.isClosed: return connection
             case .closed: throw EventsError(.closed, "the store is closed", operation: operation)
-            case .idle, .connection:
+            case .resting(let end, let error) where .now < end: throw error
+            case .idle, .connection, .resting:
                 let connection = try RedisConnection(configuration, onMessage: onMessage)
                 slot = .connection(connection)
                 return connection
@@ -169,14 +187,21 @@ final class RedisClient: Sendable {
         }
         do {
             let answer = try await connection.send(command, deadline: MonotonicTime(deadline))
-            // A replica that was a master, or a master that has become one: the next attempt connects anew.
+            // It was a master, and another one is now: the next attempt connects anew. So do those of the others that are
+            // under way: all can be repeated.
             if case .error(let text) = answer.reply, text.hasPrefix("READONLY") {
-                connection.drop(because: "the master has become a replica")
+                connection.drop(EventsError(.storeUnavailable, "it has become a replica", operation: "redis"))
+                rest(connection, RedisFailure.error(text, operation: "\(configuration)"))
             }
             return answer
-        } catch let error as EventsError where error.operation == "redis" {
-            throw EventsError(
-                error.code, "\(configuration): \(error.message)", operation: operation, underlying: error.underlying)
+        } catch let error as EventsError {
+            let error =
+                error.operation == "redis"
+                ? EventsError(
+                    error.code, "\(configuration): \(error.message)", operation: operation,
+                    underlying: error.underlying) : error
+            if error.code == .storeUnavailable { rest(connection, error) }
+            throw error
         }
     }
 }

@@ -51,9 +51,11 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
 
     /// How long connecting and logging in may take, 5 s by default.
     public var connectTimeout: Duration = .seconds(5)
-    /// How long a server that owes a reply may send nothing at all before the connection is given up, 5 s by default. The
+    /// How long a server that owes a reply may send nothing at all before the connection is given up, 8 s by default. The
     /// next call opens another, and asks the sentinels again.
-    public var silenceLimit: Duration = .seconds(5)
+    ///
+    /// Longer than Redis's `busy-reply-threshold` (5 s): until then it says nothing while it works on somebody's script.
+    public var silenceLimit: Duration = .seconds(8)
     /// How many replicas the master waits for after an update, with `WAIT`; 0, the default, for none. How many had it is in
     /// ``SMAPEvents/ProgressUpdate/replicas``. `REDIS_REPLICAS`.
     ///
@@ -175,8 +177,9 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         try require(maximumInFlight > 0, "maximumInFlight", "it is 1 or more")
         try require(connectTimeout > .zero, "connectTimeout", "it is above zero")
         try require((0...1_000).contains(replicas), "REDIS_REPLICAS", "it is 0 to 1,000")
+        try require(silenceLimit > .zero, "silenceLimit", "it is above zero")
         try require(
-            replicaTimeout > .zero && replicaTimeout < silenceLimit, "replicaTimeout",
+            replicas == 0 || (replicaTimeout > .zero && replicaTimeout < silenceLimit), "replicaTimeout",
             "it is above zero and below the silence limit")
         try require(timeToLive >= .seconds(1), "timeToLive", "it is 1 s or more")
         try tls?.validate("REDIS")

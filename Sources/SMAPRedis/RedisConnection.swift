@@ -75,9 +75,6 @@ final class RedisConnection: Sendable {
         thread?.stop()
     }
 
-    /// Ends the connection so that the next call opens another; whatever is under way fails, and can be repeated.
-    func drop(because reason: String) { drop(EventsError(.connectionLost, reason, operation: "redis")) }
-
     /// Answers everyone who waits, and refuses all who come later. Any thread; the first error stands.
     func end(_ error: EventsError) {
         closed.store(true, ordering: .releasing)
@@ -121,7 +118,8 @@ final class RedisConnection: Sendable {
         answers.give()
         // It may have moved, or be the master no longer, and the kernel would not tell for a quarter of an hour.
         if isSilent {
-            drop(because: "the server has been silent for too long")
+            drop(
+                EventsError(.connectionLost, "the server has been silent for too long", operation: "redis"))
             return nil
         }
         return next == .distantFuture ? nil : next

@@ -31,7 +31,7 @@ final class RedisDriver: ConnectionDriver {
             return RedisConfiguration.Address(host: configuration.host, port: configuration.port)
         }
         let operation = "look up \(configuration)"
-        var reasons: [String] = []
+        var failures: [EventsError] = []
         for sentinel in configuration.sentinels.shuffled() {
             // One that does not answer must not use up the time of the others.
             let limit = min(deadline, MonotonicTime.now.advanced(by: .seconds(1)))
@@ -39,7 +39,9 @@ final class RedisDriver: ConnectionDriver {
                 let wire = try RedisWire(sentinel, configuration.tls, deadline: limit)
                 defer { wire.close() }
                 if let password = configuration.sentinelPassword {
-                    _ = try wire.ask(["AUTH", password], operation, deadline: limit)
+                    if case .error = try wire.ask(["AUTH", password], operation, deadline: limit) {
+                        throw EventsError(.accessRefused, "it refuses the password", operation: operation)
+                    }
                 }
                 let reply = try wire.ask(
                     ["SENTINEL", "get-master-addr-by-name", configuration.masterName], operation, deadline: limit)
@@ -49,14 +51,21 @@ final class RedisDriver: ConnectionDriver {
                     return RedisConfiguration.Address(host: host, port: port)
                 }
                 if case .error(let text) = reply { throw RedisFailure.error(text, operation: operation) }
-                reasons.append("\(sentinel) does not know \(configuration.masterName)")
+                throw EventsError(
+                    .connectionFailed, "it does not know \(configuration.masterName)", operation: operation)
             } catch let error as EventsError {
-                reasons.append("\(sentinel): \(error.message)")
+                failures.append(
+                    EventsError(error.code, "\(sentinel): \(error.message)", operation: operation))
             } catch let error as SocketError {
-                reasons.append("\(sentinel): \(error.description)")
+                failures.append(
+                    EventsError(.connectionFailed, "\(sentinel): \(error.description)", operation: operation))
             }
         }
-        throw EventsError(.connectionFailed, reasons.joined(separator: "; "), operation: operation)
+        // Where all refuse for the same reason, which time does not mend, it is that.
+        let codes = Set(failures.map(\.code))
+        let permanent = codes.count == 1 ? failures.first.flatMap { $0.isRetriable ? nil : $0.code } : nil
+        throw EventsError(
+            permanent ?? .connectionFailed, failures.map(\.message).joined(separator: "; "), operation: operation)
     }
 
     private func logIn(_ configuration: RedisConfiguration, deadline: MonotonicTime) throws {
@@ -74,6 +83,11 @@ final class RedisDriver: ConnectionDriver {
         }
         let selected = try wire.ask(["SELECT", String(configuration.database)], operation, deadline: deadline)
         if case .error(let text) = selected { throw RedisFailure.error(text, operation: operation) }
+        if configuration.replicas > 0 {
+            // Whether it is permitted shows before anything has been written.
+            let wait = try wire.ask(["WAIT", "0", "1"], operation, deadline: deadline)
+            if case .error(let text) = wait { throw RedisFailure.error(text, operation: operation) }
+        }
         guard !configuration.sentinels.isEmpty else { return }
         // Sentinels may be late: what they name may have become a replica.
         let role = try wire.ask(["ROLE"], operation, deadline: deadline)
@@ -85,10 +99,8 @@ final class RedisDriver: ConnectionDriver {
 
     func round(now: MonotonicTime) throws -> Interest {
         // Read before written: a reply to `WAIT` lets go what was held back meanwhile.
-        while true {
-            let replies = try wire.read()
-            if replies.isEmpty { break }
-            guard connection.replied(replies, now: now) else {
+        while let replies = try wire.read() {
+            guard connection.replied(replies, now: .now) else {
                 throw EventsError(.protocolViolation, "a reply that nobody asked for", operation: "redis")
             }
         }
@@ -99,6 +111,9 @@ final class RedisDriver: ConnectionDriver {
     func finish(_ error: (any Error)?) {
         let reason: EventsError
         switch error {
+        // The certificate has been accepted long ago: what fails now is this connection.
+        case let error as EventsError where error.code == .tlsFailed:
+            reason = EventsError(.connectionLost, error.message, operation: "redis")
         case let error as EventsError: reason = error
         case let error as SocketError: reason = EventsError(.connectionLost, error.description, operation: "redis")
         case let error?: reason = EventsError(.connectionLost, "\(type(of: error))", operation: "redis")

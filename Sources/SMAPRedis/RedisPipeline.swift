@@ -115,20 +115,15 @@ struct RedisPipeline {
         unsent.removeAll(keepingCapacity: true)
     }
 
-    /// Matches replies with their commands. False if one came that nobody asked for.
+    /// Matches replies with their commands. False if one came that nobody asked for. To be told of what is not complete yet
+    /// too, as no replies: the server is not silent.
     mutating func replied(_ replies: [RedisReply], now: MonotonicTime, _ answers: inout Answers) -> Bool {
         for reply in replies {
             guard let place = awaiting.popFirst() else { return false }
             guard let entry = place else {
                 isWaiting = false
-                for (entry, first) in held {
-                    // Refused, most likely for want of the permission: an error, since it would be refused each time.
-                    let answer = reply.number.map { Answer(reply: first, replicas: $0) } ?? Answer(reply: reply)
-                    if let continuation = entry.continuation {
-                        answers.calls.append((continuation, .success(answer)))
-                    }
-                }
-                held = []
+                // An error of `WAIT` is none of the updates: of replicas nothing is known.
+                release(replicas: reply.number ?? 0, &answers)
                 continue
             }
             if case .error = reply {
@@ -142,6 +137,15 @@ struct RedisPipeline {
         }
         silentSince = awaiting.isEmpty ? .distantFuture : now
         return true
+    }
+
+    private mutating func release(replicas: Int, _ answers: inout Answers) {
+        for (entry, reply) in held {
+            if let continuation = entry.continuation {
+                answers.calls.append((continuation, .success(Answer(reply: reply, replicas: replicas))))
+            }
+        }
+        held = []
     }
 
     /// When to look at deadlines and silence again; it may be too early.
@@ -201,12 +205,8 @@ struct RedisPipeline {
         for entry in awaiting + unsent.map(\.entry) {
             if let continuation = entry?.continuation { answers.calls.append((continuation, .failure(error))) }
         }
-        for (entry, reply) in held {
-            if let continuation = entry.continuation {
-                answers.calls.append((continuation, .success(Answer(reply: reply, replicas: 0))))
-            }
-        }
-        (unsent, awaiting, held, silentSince) = ([], [], [], .distantFuture)
+        release(replicas: 0, &answers)
+        (unsent, awaiting, silentSince) = ([], [], .distantFuture)
         return answers
     }
 

@@ -53,7 +53,7 @@ enum RedisFailure {
             return EventsError(.accessRefused, "Redis refuses a command or key of a script", operation: operation)
         }
         switch word {
-        case "LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN":
+        case "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN":
             return EventsError(.storeUnavailable, "Redis cannot work now: \(word)", operation: operation)
         case "READONLY":
             return EventsError(.storeUnavailable, "this Redis is a replica: READONLY", operation: operation)

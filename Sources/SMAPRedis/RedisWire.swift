@@ -96,7 +96,7 @@ final class RedisWire {
     func ask(_ arguments: [String], _ operation: String, deadline: MonotonicTime) throws -> RedisReply {
         try write { $0 += RedisCommand(arguments).bytes }
         while true {
-            if let reply = try read().first { return reply }
+            if let reply = try read()?.first { return reply }
             guard Socket.wait(descriptor, toWrite: !isFlushed, until: deadline) else {
                 throw EventsError(.connectionFailed, "no answer in time", operation: operation)
             }
@@ -104,25 +104,23 @@ final class RedisWire {
         }
     }
 
-    /// The replies that are complete after one read; none when the socket is silent.
-    func read() throws -> [RedisReply] {
-        var replies: [RedisReply] = []
-        while replies.isEmpty {
-            switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
-            case .wouldBlock: return []
-            case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
-            case .bytes(let count):
-                try input.withUnsafeBytes { bytes in
-                    let bytes = UnsafeRawBufferPointer(rebasing: bytes[..<count])
-                    guard let tls else { return try parse(bytes, &replies) }
-                    try tls.received(bytes)
-                    try tls.decrypt { try parse($0, &replies) }
-                    // What the protocol itself has to answer goes out with the next write.
-                    tls.takeOutput(into: &output)
-                }
+    /// The replies that one read has completed, which may be none; nil when the socket is silent.
+    func read() throws -> [RedisReply]? {
+        switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
+        case .wouldBlock: return nil
+        case .closed(let reason): throw EventsError(.connectionLost, reason, operation: "redis")
+        case .bytes(let count):
+            var replies: [RedisReply] = []
+            try input.withUnsafeBytes { bytes in
+                let bytes = UnsafeRawBufferPointer(rebasing: bytes[..<count])
+                guard let tls else { return try parse(bytes, &replies) }
+                try tls.received(bytes)
+                try tls.decrypt { try parse($0, &replies) }
+                // What the protocol itself has to answer goes out with the next write.
+                tls.takeOutput(into: &output)
             }
+            return replies
         }
-        return replies
     }
 
     private func parse(_ bytes: UnsafeRawBufferPointer, _ replies: inout [RedisReply]) throws {

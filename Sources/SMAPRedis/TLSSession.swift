@@ -11,7 +11,8 @@ final class TLSSession {
     /// What has come from the server, and what is to go to it: memory of the session's.
     private let incoming: OpaquePointer
     private let outgoing: OpaquePointer
-    private var plain = [UInt8](repeating: 0, count: 16 * 1024)
+    /// Room for what is handed out, as much as a record holds.
+    private var record = [UInt8](repeating: 0, count: 16 * 1024)
 
     /// Throws `tlsFailed`, or `invalidConfiguration` for a file that cannot be used.
     init(_ tls: ServerTLS, host: String) throws {
@@ -38,6 +39,7 @@ final class TLSSession {
         func require(_ isFine: Bool, _ what: String) throws {
             guard isFine else { throw EventsError(.invalidConfiguration, "\(what) cannot be used", operation: "TLS") }
         }
+        smap_tls_never_ask(UnsafeMutableRawPointer(context))
         if let file = tls.authorityFile {
             try require(SSL_CTX_load_verify_locations(context, file, nil) == 1, "the authorities in \(file)")
         }
@@ -75,7 +77,7 @@ final class TLSSession {
         if let refusal = smap_tls_refusal_text(UnsafeMutableRawPointer(context)) {
             throw Self.failure("the server's certificate was refused: \(String(cString: refusal))")
         }
-        throw Self.failure("no TLS 1.2 or newer could be agreed on: \(Self.reason)")
+        throw Self.failure("no encryption (TLS 1.2 or newer) could be agreed on: \(Self.reason)")
     }
 
     /// Takes what has come from the server.
@@ -90,15 +92,14 @@ final class TLSSession {
         while true {
             ERR_clear_error()
             var count = 0
-            let status = plain.withUnsafeMutableBytes { SSL_read_ex(session, $0.baseAddress, $0.count, &count) }
+            let status = record.withUnsafeMutableBytes { SSL_read_ex(session, $0.baseAddress, $0.count, &count) }
             if status == 1 {
-                try plain.withUnsafeBytes { try body(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
+                try record.withUnsafeBytes { try body(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
                 continue
             }
             switch SSL_get_error(session, status) {
-            case SSL_ERROR_WANT_READ: return
-            case SSL_ERROR_ZERO_RETURN:
-                throw EventsError(.connectionLost, "the server closed the connection", operation: "redis")
+            // That the server has said goodbye shows when the socket ends, after what it has said before.
+            case SSL_ERROR_WANT_READ, SSL_ERROR_ZERO_RETURN: return
             default: throw Self.failure("the server refuses the connection, or it was tampered with: \(Self.reason)")
             }
         }
@@ -121,14 +122,11 @@ final class TLSSession {
 
     /// Appends what is to go to the server.
     func takeOutput(into output: inout [UInt8]) {
-        let waiting = BIO_ctrl_pending(outgoing)
-        guard waiting > 0 else { return }
-        let start = output.count
-        output.append(contentsOf: repeatElement(0, count: waiting))
-        let taken = output.withUnsafeMutableBytes {
-            BIO_read(outgoing, $0.baseAddress.map { $0 + start }, Int32(clamping: waiting))
+        while true {
+            let count = record.withUnsafeMutableBytes { BIO_read(outgoing, $0.baseAddress, Int32($0.count)) }
+            guard count > 0 else { return }
+            record.withUnsafeBytes { output.append(contentsOf: $0[..<Int(count)]) }
         }
-        output.removeLast(waiting - Int(max(0, taken)))
     }
 
     private static var reason: String {

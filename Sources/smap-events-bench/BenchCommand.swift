@@ -14,7 +14,7 @@ struct BenchCommand: AsyncParsableCommand {
         discussion: """
             Absolute figures move with the machine; the ratio to the raw C loop in the same run does not, nor does the \
             CPU time per message. Build it with -c release. It starts private servers, unless RABBITMQ_URL \
-            (REDIS_HOST for 'track') names others.
+            (REDIS_URL or REDIS_HOST for 'track') names others.
             """,
         subcommands: [
             Publish.self, Consume.self, Track.self, SoakCommand.self, WorkerCommand.self, CounterCommand.self,
@@ -101,7 +101,7 @@ struct BenchCommand: AsyncParsableCommand {
         @Flag(
             help: """
                 Instead, compare projects of 1,000 items with one of a million, by index and by name, five times: the time \
-                of a report, and the memory of an item.
+                of a report, and the memory of an item. Resets the statistics of the server.
                 """)
         var growth = false
 
@@ -129,6 +129,13 @@ struct BenchCommand: AsyncParsableCommand {
         }
 
         private func measure(_ configuration: RedisConfiguration) async throws {
+            guard
+                !(growth || options.raw)
+                    || (configuration.tls == nil && configuration.sentinels.isEmpty
+                        && configuration.password == nil)
+            else {
+                throw ValidationError("--raw and --growth talk to a plain Redis without a password only.")
+            }
             let bench = try RedisBench(configuration, options)
             if growth {
                 try await bench.growth()

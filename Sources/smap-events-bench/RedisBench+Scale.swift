@@ -73,6 +73,7 @@ extension RedisBench {
                 "by \(what): Redis \(smallCost) µs a report of 1,000 items, \(bigCost) µs of a million; in all "
                     + "\(growth.ratio) times as long")
         }
+        _ = try await blocking { try raw.command(["UNLINK"] + RedisProgressStore.keys(large)) }
         func median(_ values: [Double]) -> Double {
             (values.sorted()[values.count / 2] * 1000).rounded() / 1000
         }

@@ -170,6 +170,7 @@ import Testing
     func `local leads to its own servers, whatever the environment says of others`() async throws {
         let others = [
             "REDIS_URL": "rediss://u:p@192.0.2.1", "REDIS_SENTINELS": "192.0.2.1", "REDIS_TLS": "true",
+            "REDIS_REPLICAS": "x",
             "RABBITMQ_TLS": "true", "RABBITMQ_CA_FILE": "/nowhere", "RABBITMQ_URL": "amqps://192.0.2.1",
         ]
         let script = "\"$0\" topology apply >&2 && \"$0\" health"

@@ -197,7 +197,8 @@ import Testing
             return (missing, doubled)
         }
         #expect(missing.isEmpty)
-        #expect(doubled <= 200, "no more than were under way at the kills: \(doubled)")
+        // An acknowledgement may be on its way when the process dies, and lost with it.
+        #expect(doubled <= 400, "no more than the broker thought under way at the kills, 200 each: \(doubled)")
         await transport.close()
     }
 

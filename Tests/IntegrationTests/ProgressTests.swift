@@ -292,6 +292,19 @@ final class Ledger: EventPublishing {
                     "\(denied): \(String(describing: error))")
             }
         }
+        configuration.replicas = 1
+        configuration.replicaTimeout = .milliseconds(100)
+        try await grant(documented)
+        try await RedisProgressStore.withStore(configuration: configuration) { store in
+            let error = await #expect(throws: EventsError.self) {
+                try await ProgressTracker(store: store).start(project)
+            }
+            #expect(error?.code == .accessRefused && error?.isRetriable == false)
+            try await grant(documented + ["+wait"])
+            let update = try await ProgressTracker(store: store).start(project)
+            #expect(update.verdict == .started, "it was refused before anything was written")
+            #expect(update.replicas == 0)
+        }
         configuration.password = "wrong"
         try await RedisProgressStore.withStore(configuration: configuration) { store in
             let error = await #expect(throws: EventsError.self) {

@@ -18,13 +18,14 @@ import Testing
         // Expired: `openssl ca` alone takes dates in the past.
         let script = """
             set -e; cd "$0"
-            authority() { openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" -keyout $1.key -out $1.pem; }
-            request() { openssl req -newkey rsa:2048 -nodes -subj "/CN=$1" -keyout $1.key -out $1.csr; }
+            authority() { openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj "/CN=$1" -keyout $1.key -out $1.pem; }
+            request() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj "/CN=$1" -keyout $1.key -out $1.csr; }
             sign() { printf "subjectAltName=$2\\n" > $1.ext
                 openssl x509 -req -in $1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $1.ext -out $1.pem; }
             authority ca; authority other
             for name in server elsewhere client expired; do request $name; done
             sign server DNS:localhost,IP:127.0.0.1; sign elsewhere DNS:example.org; sign client DNS:client
+            openssl pkey -in client.key -aes256 -passout pass:secret -out locked.key
             printf '[ca]\\ndefault_ca=d\\n[d]\\ndatabase=index\\nserial=serial\\nnew_certs_dir=.\\ndefault_md=sha256\\npolicy=p\\n[p]\\ncommonName=supplied\\n' > ca.conf
             : > index; echo 77 > serial
             printf 'subjectAltName=DNS:localhost\\n' > expired.ext
@@ -194,6 +195,9 @@ import Testing
                     try await eventually("the sentinel listens") { isListening(sentinelPort) }
                     let error = try await start(configuration)
                     #expect(error == nil, "\(error as Any)")
+                    configuration.tls?.authorityFile = "\(folder)/other.pem"
+                    let unknown = try await start(configuration)
+                    #expect(unknown?.code == .tlsFailed, "permanent, as without sentinels: \(unknown as Any)")
                     configuration.tls = nil
                     let plain = try await start(configuration)
                     #expect(plain?.code == .connectionFailed, "\(plain as Any)")
@@ -247,6 +251,10 @@ import Testing
             #expect(error?.code == .tlsFailed && error?.message.contains("TLS 1.2") == true, "\(error as Any)")
             error = try await refusal("server") { $0.authorityFile = "\(folder)/nowhere.pem" }
             #expect(error?.code == .invalidConfiguration && error?.message.contains("nowhere.pem") == true)
+
+            // Nobody is asked for a pass phrase.
+            error = try await refusal("server") { $0.privateKeyFile = "\(folder)/locked.key" }
+            #expect(error?.code == .invalidConfiguration && error?.message.contains("locked.key") == true)
 
             // A plain Redis waits for the rest of what it takes for a line.
             let stack = try await SharedStack.current

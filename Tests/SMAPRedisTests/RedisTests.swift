@@ -16,7 +16,8 @@ import Testing
 
     @Test(arguments: [
         ("LOADING Redis is loading", EventsError.Code.storeUnavailable), ("BUSY", .storeUnavailable),
-        ("MASTERDOWN x", .storeUnavailable), ("READONLY You can't", .storeUnavailable), ("OOM command", .storeFull),
+        ("MASTERDOWN x", .storeUnavailable), ("NOREPLICAS x", .storeUnavailable),
+        ("READONLY You can't", .storeUnavailable), ("OOM command", .storeFull),
         ("MISCONF x", .storeFull), ("NOAUTH x", .accessRefused), ("WRONGPASS x", .accessRefused),
         ("NOPERM x", .accessRefused), ("WRONGTYPE x", .corruptProgress), ("MOVED 1 h:1", .invalidConfiguration),
         ("ERR x", .protocolViolation),
@@ -40,6 +41,56 @@ import Testing
             return all.sorted()
         }
         #expect(answers == ["1: integer(1)", "2: cancelled", "3: integer(3)"])
+    }
+
+    @Test func `what is to be on replicas is answered after the one WAIT under way, whatever becomes of that`()
+        async throws
+    {
+        func outcome(_ end: @escaping @Sendable (PipelineBench) -> Void) async -> [String] {
+            await withTaskGroup(of: String.self) { group in
+                let bench = PipelineBench()
+                for id in 1...2 {
+                    group.addTask { await bench.send(UInt64(id), isSubmitted: id, awaitsReplicas: true) }
+                    await bench.untilSubmitted(id)
+                }
+                #expect(bench.take().hasSuffix("WAIT\r\n$1\r\n1\r\n$3\r\n500\r\n"))
+                // Redis would not look at it before `WAIT` has ended.
+                group.addTask { await bench.send(3, isSubmitted: 3) }
+                await bench.untilSubmitted(3)
+                #expect(bench.take().isEmpty)
+                bench.reply([.integer(1), .error("ERR x")])
+                end(bench)
+                bench.reply([.integer(3)])
+                var all: [String] = []
+                for await answer in group { all.append(answer) }
+                return all.sorted()
+            }
+        }
+        let third = "3: integer(3)"
+        let answered = await outcome { bench in
+            bench.reply([.integer(4)])
+            #expect(!bench.take().contains("WAIT"), "nothing of this is to be on replicas")
+        }
+        #expect(answered == ["1: integer(1) on 4", "2: error(\"ERR x\")", third])
+        let refused = await outcome { bench in
+            bench.reply([.error("UNBLOCKED x")])
+            _ = bench.take()
+        }
+        #expect(refused == ["1: integer(1) on 0", "2: error(\"ERR x\")", third])
+        let late = await outcome { bench in
+            bench.expire()
+            bench.reply([.integer(4)])
+            _ = bench.take()
+        }
+        #expect(late.first == "1: integer(1) on 0")
+        let lost = await outcome { $0.fail() }
+        #expect(lost == ["1: integer(1) on 0", "2: error(\"ERR x\")", "3: connectionLost"])
+        let cancelled = await outcome { bench in
+            bench.cancel(1)
+            bench.reply([.integer(4)])
+            _ = bench.take()
+        }
+        #expect(cancelled == ["1: cancelled", "2: error(\"ERR x\")", third])
     }
 
     @Test func `settings come from the environment, and a description holds no password`() throws {
@@ -131,18 +182,26 @@ import Testing
 }
 
 private final class PipelineBench: Sendable {
-    private let pipeline = Mutex(RedisPipeline(RedisConfiguration()))
+    private let pipeline: Mutex<RedisPipeline>
     private let submitted = Mutex(0)
 
-    func send(_ id: UInt64, isSubmitted number: Int) async -> String {
+    init() {
+        var configuration = RedisConfiguration()
+        configuration.replicas = 1
+        pipeline = Mutex(RedisPipeline(configuration))
+    }
+
+    func send(_ id: UInt64, isSubmitted number: Int, awaitsReplicas: Bool = false) async -> String {
         do {
-            let reply = try await withCheckedThrowingContinuation { continuation in
-                pipeline.withLock {
-                    $0.submit(id, RedisCommand(["PING"]), deadline: .distantFuture, continuation)
-                }.give()
+            let answer = try await withCheckedThrowingContinuation { continuation in
+                let command = RedisCommand(["PING"], awaitsReplicas: awaitsReplicas)
+                let deadline = MonotonicTime.now.advanced(by: .seconds(60))
+                pipeline.withLock { $0.submit(id, command, deadline: deadline, continuation) }.give()
                 submitted.withLock { $0 = number }
             }
-            return "\(id): \(reply.reply)"
+            return "\(id): \(answer.reply)" + (answer.replicas.map { " on \($0)" } ?? "")
+        } catch let error as EventsError {
+            return "\(id): \(error.code)"
         } catch {
             return "\(id): cancelled"
         }
@@ -152,14 +211,20 @@ private final class PipelineBench: Sendable {
         while submitted.withLock({ $0 }) < number { await Task.yield() }
     }
 
-    func take() {
-        pipeline.withLock { pipeline in
-            var buffer: [UInt8] = []
-            pipeline.takeUnsent(into: &buffer, now: .now)
-        }
+    /// What goes to the server.
+    @discardableResult
+    func take() -> String {
+        var buffer: [UInt8] = []
+        pipeline.withLock { $0.takeUnsent(into: &buffer, now: .now) }
+        return String(decoding: buffer, as: UTF8.self)
     }
 
     func cancel(_ id: UInt64) { pipeline.withLock { $0.cancel(id) }.give() }
+
+    /// A minute passes, and a bit.
+    func expire() { pipeline.withLock { $0.expire(now: MonotonicTime.now.advanced(by: .seconds(61))) }.give() }
+
+    func fail() { pipeline.withLock { $0.fail(EventsError(.connectionLost, "gone", operation: "redis")) }.give() }
 
     func reply(_ replies: [RedisReply]) {
         pipeline.withLock { pipeline in

@@ -109,8 +109,9 @@ public struct DeadLetterQueue: Sendable {
         let progress = Mutex((report: Report(), chosen: 0))
         let start = ContinuousClock.now
         let begin = Date()
-        // Those that are not chosen are not settled, so that they do not come again at once.
-        let prefetch = isChosen == nil && !isDryRun ? 500 : Self.lookLimit
+        // Those that are not chosen are not settled, so that they do not come again at once. What is unsettled when the process
+        // dies may have been replayed: no more than keeps those under way busy.
+        let prefetch = isChosen == nil && !isDryRun ? 200 : Self.lookLimit
         try await each(prefetch: prefetch, concurrency: 100) { letter in
             // One of those that have just been replayed: not again.
             if let last = letter.lastFailure, last > begin { return .skip }

@@ -67,6 +67,7 @@ public final class LocalStack: Sendable {
         var environment = [
             "RABBITMQ_URL": rabbitMQURL, "REDIS_URL": "redis://127.0.0.1:\(redisPort)/1", "REDIS_HOST": "127.0.0.1",
             "REDIS_PORT": String(redisPort), "REDIS_STATE_DB": "1", "REDIS_SENTINELS": "",
+            "REDIS_REPLICAS": "",
         ]
         for server in ["RABBITMQ", "REDIS"] {
             for setting in ["TLS", "CA_FILE", "CERT_FILE", "KEY_FILE"] { environment["\(server)_\(setting)"] = "" }
