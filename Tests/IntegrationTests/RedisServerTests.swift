@@ -293,11 +293,21 @@ import Testing
                     let tracker = ProgressTracker(store: store)
                     try await tracker.advance(project, item: .index(0), outcome: .success)
                     #expect(proxy.acceptedCount == 1)
+                    let start = ContinuousClock.now
                     try await replicate("127.0.0.1", "1")
-                    async let patient = tracker.advance(project, item: .index(0), outcome: .success)
-                    try await eventually("it connects anew") { proxy.acceptedCount > 1 }
-                    try await replicate("NO", "ONE")
-                    _ = try await patient
+                    try await withThrowingTaskGroup { group in
+                        for _ in 0..<200 {
+                            group.addTask {
+                                try await tracker.advance(project, item: .index(0), outcome: .success)
+                            }
+                        }
+                        try await eventually("it connects anew") { proxy.acceptedCount > 3 }
+                        try await replicate("NO", "ONE")
+                        try await group.waitForAll()
+                    }
+                    // However many wait, one at a time connects, and pauses.
+                    let pauses = (ContinuousClock.now - start) / .milliseconds(100)
+                    #expect(Double(proxy.acceptedCount) <= pauses + 2)
                 }
             }
             #expect(failures.withLock { $0 }.isEmpty, "all waited for it to be a master again")

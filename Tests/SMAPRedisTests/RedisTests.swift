@@ -6,7 +6,7 @@ import Testing
 
 @testable import SMAPRedis
 
-@Suite struct RedisTests {
+@Suite(.timeLimit(.minutes(1))) struct RedisTests {
     @Test func `commands are written in RESP, any bytes included`() {
         let bytes = RedisCommand(["SET", "k\r\n", "", "ü"]).bytes
         #expect(
