@@ -150,7 +150,7 @@ final class RedisClient: Sendable {
                 guard case .error(let text) = answer.reply, RedisFailure.isPassing(text) else { return answer }
                 outcome = .success(answer)
             } catch let error as EventsError where error.code == .storeUnavailable {
-                // So it said when we logged in.
+                // So it said when we logged in, or to others that were under way with this.
                 outcome = .failure(error)
             }
             failures += 1
@@ -162,8 +162,8 @@ final class RedisClient: Sendable {
 
     private static let backoff = Backoff(first: .milliseconds(50), longest: .seconds(1))
 
-    /// Lets nobody connect for a while, when the server behind a connection could not work: however many wait, it is asked
-    /// by one. Calls of their own back-off come later than that, or rest again.
+    /// Lets nobody connect for a while, when the server behind a connection could not work: however many wait, one of them
+    /// asks it, ten times a second at most.
     private func rest(_ connection: RedisConnection, _ error: EventsError) {
         slot.withLock { slot in
             guard case .connection(let current) = slot, current === connection else { return }
@@ -178,7 +178,8 @@ final class RedisClient: Sendable {
             switch slot {
             case .connection(let connection) where !connection.isClosed: return connection
             case .closed: throw EventsError(.closed, "the store is closed", operation: operation)
-            case .resting(let end, let error) where .now < end: throw error
+            case .resting(let end, let error) where .now < end:
+                throw EventsError(error.code, error.message, operation: operation)
             case .idle, .connection, .resting:
                 let connection = try RedisConnection(configuration, onMessage: onMessage)
                 slot = .connection(connection)
@@ -190,18 +191,22 @@ final class RedisClient: Sendable {
             // It was a master, and another one is now: the next attempt connects anew. So do those of the others that are
             // under way: all can be repeated.
             if case .error(let text) = answer.reply, text.hasPrefix("READONLY") {
-                connection.drop(EventsError(.storeUnavailable, "it has become a replica", operation: "redis"))
-                rest(connection, RedisFailure.error(text, operation: "\(configuration)"))
+                let error = EventsError(.storeUnavailable, "it has become a replica", operation: "redis")
+                connection.drop(error)
+                rest(connection, placed(error, operation))
             }
             return answer
         } catch let error as EventsError {
-            let error =
-                error.operation == "redis"
-                ? EventsError(
-                    error.code, "\(configuration): \(error.message)", operation: operation,
-                    underlying: error.underlying) : error
+            let error = placed(error, operation)
             if error.code == .storeUnavailable { rest(connection, error) }
             throw error
         }
+    }
+
+    /// Names the server and the operation in an error that the connection has made for whoever is under way.
+    private func placed(_ error: EventsError, _ operation: String) -> EventsError {
+        guard error.operation == "redis" else { return error }
+        return EventsError(
+            error.code, "\(configuration): \(error.message)", operation: operation, underlying: error.underlying)
     }
 }
