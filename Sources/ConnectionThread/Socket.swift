@@ -174,13 +174,15 @@ private enum Resolver {
 
 extension Socket {
     /// A port on 127.0.0.1 that is free as long as the descriptor, which the caller owns, stays open.
-    package static func freePort() -> (descriptor: Int32, port: Int)? {
+    /// - Parameter wanted: The port, if it is free; by default any that the system gives.
+    package static func freePort(_ wanted: UInt16 = 0) -> (descriptor: Int32, port: Int)? {
         let descriptor = socket(AF_INET, streamSocket, 0)
         guard descriptor >= 0 else { return nil }
         _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
         var address = sockaddr_in()
         address.sin_family = sa_family_t(AF_INET)
         address.sin_addr.s_addr = UInt32(0x7F00_0001).bigEndian
+        address.sin_port = wanted.bigEndian
         var length = socklen_t(MemoryLayout<sockaddr_in>.size)
         let isBound = withUnsafeMutableBytes(of: &address) { raw in
             // Sound: a sockaddr_in is what these calls take for AF_INET, and its length goes along.

@@ -100,21 +100,25 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
         case "rediss": tls = ServerTLS()
         default: throw ServerURL.failure("REDIS_URL", "the scheme is neither redis nor rediss")
         }
+        guard !location.hasQuery else {
+            throw ServerURL.failure("REDIS_URL", "it has a query, which means nothing here: rediss:// encrypts")
+        }
         if let host = location.host { self.host = host }
         if let port = location.port { self.port = port }
         if let username = location.username, !username.isEmpty { self.username = username }
         if let password = location.password, !password.isEmpty { self.password = password }
         if !location.path.isEmpty {
             guard let database = Int(location.path) else {
-                throw ServerURL.failure("REDIS_URL", "the database is not a number")
+                throw ServerURL.failure(
+                    "REDIS_URL", "the database is not a number (in a password, / is written %2F)")
             }
             self.database = database
         }
         try validate()
     }
 
-    /// Reads `REDIS_URL`, or `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD` and `REDIS_STATE_DB`; the settings
-    /// of ``tls``, ``sentinels`` and ``replicas`` in both cases.
+    /// Reads `REDIS_URL`, or `REDIS_HOST`, `REDIS_PORT`, `REDIS_USERNAME`, `REDIS_PASSWORD`; `REDIS_STATE_DB` where a
+    /// URL names no database, and the settings of ``tls``, ``sentinels`` and ``replicas`` in both cases.
     ///
     /// - Throws: ``SMAPEvents/EventsError/Code/invalidConfiguration``, naming the setting.
     public init(reader: ConfigReader) throws {
@@ -128,7 +132,8 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
                 return number
             }
         }
-        if let url = text("url", isSecret: true) {
+        let url = text("url", isSecret: true)
+        if let url {
             try self.init(url: url)
         } else {
             self.init()
@@ -136,7 +141,11 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
             if let port = try number("port", "REDIS_PORT") { self.port = port }
             username = text("username")
             password = text("password", isSecret: true)
-            if let database = try number("state.db", "REDIS_STATE_DB") { self.database = database }
+        }
+        if let database = try number("state.db", "REDIS_STATE_DB"),
+            try url.map({ try ServerURL(parsing: $0, setting: "REDIS_URL").path.isEmpty }) ?? true
+        {
+            self.database = database
         }
         if let replicas = try number("replicas", "REDIS_REPLICAS") { self.replicas = replicas }
         tls = try ServerTLS(reader: reader, name: "REDIS", isEncrypted: tls != nil)

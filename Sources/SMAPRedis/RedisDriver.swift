@@ -76,13 +76,23 @@ final class RedisDriver: ConnectionDriver {
                 guard text.hasPrefix("LOADING") else {
                     // What a wrong password is called differs: WRONGPASS with an ACL, ERR invalid password before.
                     throw EventsError(
-                        .accessRefused, "Redis refuses the user or the password", operation: operation)
+                        .accessRefused,
+                        text.contains("without any password")
+                            ? "there is a password, and this Redis has none" : "Redis refuses the user or the password",
+                        operation: operation)
                 }
                 throw RedisFailure.error(text, operation: operation)
             }
         }
         let selected = try wire.ask(["SELECT", String(configuration.database)], operation, deadline: deadline)
-        if case .error(let text) = selected { throw RedisFailure.error(text, operation: operation) }
+        if case .error(let text) = selected {
+            guard !text.contains("DB index") else {
+                throw EventsError(
+                    .invalidConfiguration, "REDIS_STATE_DB: the server has no database \(configuration.database)",
+                    operation: operation)
+            }
+            throw RedisFailure.error(text, operation: operation)
+        }
         if configuration.replicas > 0 {
             // Whether it is permitted shows before anything has been written.
             let wait = try wire.ask(["WAIT", "0", "1"], operation, deadline: deadline)

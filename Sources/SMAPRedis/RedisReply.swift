@@ -59,7 +59,10 @@ enum RedisFailure {
             return EventsError(.storeUnavailable, "this Redis is a replica: READONLY", operation: operation)
         case "OOM", "MISCONF":
             return EventsError(.storeFull, "Redis refuses writes: \(word)", operation: operation)
-        case "NOAUTH", "WRONGPASS", "NOPERM":
+        case "NOPERM":
+            // It names a command or a kind of key, and never what a caller has sent.
+            return EventsError(.accessRefused, "Redis refuses it to the user: \(text)", operation: operation)
+        case "NOAUTH", "WRONGPASS":
             return EventsError(
                 .accessRefused, "Redis refuses the user or its permissions: \(word)", operation: operation)
         case "WRONGTYPE":

@@ -41,7 +41,9 @@ final class RedisWire {
         while try !tls.shakeHands() {
             try write()
             guard Socket.wait(descriptor, toWrite: !isFlushed, until: deadline) else {
-                throw EventsError(.connectionFailed, "the server does not answer the TLS handshake", operation: "redis")
+                throw EventsError(
+                    .connectionFailed, "the server does not answer the TLS handshake (is this its TLS port?)",
+                    operation: "redis")
             }
             switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
             case .wouldBlock: break

@@ -41,15 +41,13 @@ struct HealthCommand: AsyncParsableCommand {
         try await Console.reporting {
             let queues = try queue.map { try QueueName($0) }
             let end = ContinuousClock.now + seconds(deadline)
-            let broker = try await RabbitMQTransport.withTransport(configuration: try Settings.rabbitMQ()) {
+            let (rabbitMQ, redis) = (try Settings.rabbitMQ(), redis ? try Settings.redis() : nil)
+            // Beside each other: one that does not answer must not use up the time of the other.
+            async let asked: Health? = Self.health(of: redis, end)
+            let broker = try await RabbitMQTransport.withTransport(configuration: rabbitMQ) {
                 await Self.health(of: $0, queues, end)
             }
-            var store: Health?
-            if redis {
-                store = try await RedisProgressStore.withStore(configuration: try Settings.redis()) {
-                    await $0.health(deadline: end)
-                }
-            }
+            let store = try await asked
             let health = broker + (store ?? Health())
             isHealthy = health.isHealthy
             if json || !Console.isOutputTerminal {
@@ -65,6 +63,11 @@ struct HealthCommand: AsyncParsableCommand {
             }
         }
         if !isHealthy { throw ExitCode(1) }
+    }
+
+    private static func health(of redis: RedisConfiguration?, _ end: ContinuousClock.Instant) async throws -> Health? {
+        guard let redis else { return nil }
+        return try await RedisProgressStore.withStore(configuration: redis) { await $0.health(deadline: end) }
     }
 
     private static func health(

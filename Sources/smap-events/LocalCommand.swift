@@ -12,10 +12,11 @@ struct LocalCommand: AsyncParsableCommand {
         discussion: """
             Without a command, it prints the environment variables with which services find the servers, and waits for \
             Ctrl-C. With one, it runs it with these variables and exits with its exit code:
-              smap-events local -- smap-events publish user.registered --data '{"user_id":"7"}'
+              smap-events local -- smap-events track start p1
 
             The servers listen on free ports of 127.0.0.1, keep their data in a temporary folder, and are stopped at the \
-            end, whatever happens.
+            end, whatever happens. Ctrl-C goes to the command too; a signal to this process alone stops the servers and \
+            leaves the command to itself.
             """)
 
     @Argument(parsing: .postTerminator, help: "The command to run, after --.")

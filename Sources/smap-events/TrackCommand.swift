@@ -10,6 +10,8 @@ struct TrackCommand: AsyncParsableCommand {
         discussion: """
             Every command prints the project's progress as a JSON object, but for reconcile, which prints what it \
             found. "done" counts failed items too, whatever the layout.
+
+            Nothing is published from here: job.completed comes from a FinishLine that runs in some service.
             """,
         subcommands: [
             Start.self, Restart.self, Expect.self, Seal.self, Advance.self, Fail.self, Cancel.self, Show.self,
@@ -25,6 +27,7 @@ struct TrackCommand: AsyncParsableCommand {
     struct State: Encodable {
         var project_id: String
         var status: String
+        var sealed: Bool
         var total: Int
         var done: Int
         var errors: Int
@@ -56,6 +59,7 @@ struct TrackCommand: AsyncParsableCommand {
         init(_ progress: ProjectProgress) {
             project_id = progress.project.rawValue
             status = progress.status.rawValue
+            sealed = progress.isSealed
             total = progress.total
             done = progress.done
             errors = progress.errors
@@ -73,6 +77,9 @@ struct TrackCommand: AsyncParsableCommand {
         }
     }
 
+    /// Of an item that was not counted, and had not been before.
+    private static let refusals: Set<ProgressUpdate.Verdict> = [.unexpectedItem, .memoryLost, .stale]
+
     /// Runs one operation and prints the state after it.
     static func update(
         _ project: Project, _ operation: @Sendable (ProgressTracker, ProjectID) async throws -> ProgressUpdate
@@ -83,6 +90,7 @@ struct TrackCommand: AsyncParsableCommand {
                 try await operation(ProgressTracker(store: store), id)
             }
             Console.line(try Console.json(State(update)))
+            if refusals.contains(update.verdict) { throw ExitCode(1) }
         }
     }
 
@@ -138,7 +146,12 @@ struct TrackCommand: AsyncParsableCommand {
     }
 
     struct Advance: AsyncParsableCommand {
-        static let configuration = CommandConfiguration(abstract: "Report how an item ended. It counts once.")
+        static let configuration = CommandConfiguration(
+            abstract: "Report how an item ended. It counts once.",
+            discussion: """
+                The verdict tells what the report did. Exits with 1 when the item was not counted, and had not been before: \
+                unexpectedItem, memoryLost, stale.
+                """)
         @OptionGroup var project: Project
         @Option(help: "The item, by position from 0.") var index: Int?
         @Option(help: "The item, by name.") var item: String?
@@ -266,8 +279,8 @@ struct TrackCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Find what is wrong with a project or with all, and mend what is safe.",
             discussion: """
-                Prints a JSON line for each project where something was found: its findings, and which of them were mended \
-                (with --dry-run: would be). pastTheLine is finished, noTimeToLive and itemsWithoutProject get a time to \
+                Prints a JSON line for the project, or with --all for each where something was found: its findings, and which of them were mended \
+                (with --dry-run: would be). pastTheLine (sealed, settled and not finished) is finished, noTimeToLive and itemsWithoutProject get a time to \
                 live; finishPending is for a running finish line to publish; memoryLost, corrupt and stuck are for people. \
                 Exits with 1 if anything is left for people.
                 """)

@@ -167,6 +167,44 @@ import Testing
     }
 
     @Test(.timeLimit(.minutes(1)))
+    func `health tells of each server, also while the other is away`() async throws {
+        struct Report: Decodable {
+            var rabbitmq: [String]
+            var redis: [String]
+        }
+        var environment = try await SharedStack.current.environment
+        func health() async throws -> Report {
+            let result = try await Program.events(["health", "--deadline", "2"], environment: environment)
+            return try JSONDecoder().decode(Report.self, from: Data(result.output.utf8))
+        }
+        environment["RABBITMQ_URL"] = "amqp://guest:guest@127.0.0.1:1"
+        var report = try await health()
+        #expect(report.rabbitmq.count == 1 && report.redis.isEmpty, "\(report)")
+        environment = try await SharedStack.current.environment
+        environment["REDIS_URL"] = "redis://127.0.0.1:1"
+        report = try await health()
+        #expect(report.redis.count == 1 && !report.rabbitmq.contains { $0.contains("deadline") }, "\(report)")
+    }
+
+    @Test(.timeLimit(.minutes(1)))
+    func `track exits with 1 when an item was not counted, and names what is there instead`() async throws {
+        let environment = try await SharedStack.current.environment
+        let project = "exits_\(EventID())"
+        func track(_ arguments: String...) async throws -> Program.Output {
+            try await Program.events(
+                ["track", arguments[0], project] + arguments.dropFirst(), environment: environment)
+        }
+        #expect(try await track("start").status == 0)
+        #expect(try await track("seal", "--total", "1").status == 0)
+        let beyond = try await track("advance", "--index", "7")
+        #expect(beyond.status == 1 && beyond.output.contains("unexpectedItem"))
+        let early = try await track("advance", "--index", "0", "--generation", "2")
+        #expect(early.status == 1 && early.error.contains("generation 1"), "\(early.error)")
+        let last = try await track("advance", "--index", "0")
+        #expect(last.status == 0 && last.output.contains("\"sealed\":true") && last.output.contains("finished"))
+    }
+
+    @Test(.timeLimit(.minutes(1)))
     func `local leads to its own servers, whatever the environment says of others`() async throws {
         let others = [
             "REDIS_URL": "rediss://u:p@192.0.2.1", "REDIS_SENTINELS": "192.0.2.1", "REDIS_TLS": "true",

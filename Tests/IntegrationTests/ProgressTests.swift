@@ -230,9 +230,10 @@ final class Ledger: EventPublishing {
     /// As the README documents them.
     private static func permissions() throws -> [String] {
         let readme = try String(contentsOfFile: Program.repository + "/README.md", encoding: .utf8)
-        let start = try #require(readme.range(of: "ACL SETUSER tracker on >password "))
+        let start = try #require(readme.range(of: "redis-cli ACL SETUSER tracker on '>password' "))
         let end = try #require(readme[start.upperBound...].range(of: "```"))
-        return readme[start.upperBound..<end.lowerBound].split(whereSeparator: \.isWhitespace).map(String.init)
+        return readme[start.upperBound..<end.lowerBound].filter { $0 != "'" && $0 != "\\" }
+            .split(whereSeparator: \.isWhitespace).map(String.init)
     }
 
     @Test func `a user with just the documented permissions can do it all; one fewer is a typed, permanent error`()

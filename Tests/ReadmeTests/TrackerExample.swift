@@ -6,7 +6,8 @@ import SMAPRedis
 
 func analyse(_ project: ProjectID, items: Int, publisher: some EventPublishing) async throws {
     let store = try RedisProgressStore(configuration: RedisConfiguration(host: "localhost"))
-    let finishLine = FinishLine(store: store, publisher: publisher)  // a Service: publishes job.completed
+    // Publishes job.completed. A Service: nothing is published unless it, or that of another process, runs.
+    let finishLine = FinishLine(store: store, publisher: publisher)
     let tracker = ProgressTracker(store: store, finishLine: finishLine)
     try await tracker.start(project)
     try await tracker.expect(items, of: project, batch: "page-1")  // once per batch, however often it is called

@@ -122,6 +122,8 @@ import Testing
         }
         let both = try read(["REDIS_URL": "rediss://h", "REDIS_CA_FILE": "ca", "REDIS_SENTINELS": "s"])
         #expect(both.tls?.authorityFile == "ca" && "\(both)" == "mymaster@s:26379/1")
+        #expect("\(try read(["REDIS_URL": "redis://h", "REDIS_STATE_DB": "3"]))" == "h:6379/3")
+        #expect("\(try read(["REDIS_URL": "redis://h/2", "REDIS_STATE_DB": "3"]))" == "h:6379/2")
         #expect(try read(["REDIS_TLS": "true"]).tls == ServerTLS())
         #expect(try read(["REDIS_URL": "rediss://h", "REDIS_TLS": "false"]).tls != nil, "the URL says so")
     }
@@ -129,7 +131,7 @@ import Testing
     @Test(arguments: [
         "", "localhost", "http://h", "redisx://u:s3cret@h", "rediss://u:s3cret@h:port", "redis://u:s3cret@h:70000",
         "redis://u:s3cret%zz@h", "redis://u:s3 cret@h", "redis://u:s3cret%ff@h", "redis://u:s3cret@[::1",
-        "redis://u:s3cret@h/s3", "redis://u:s3cret@h/-1",
+        "redis://u:s3cret@h/s3", "redis://u:s3cret@h/-1", "redis://h?ssl=true", "redis://h/1#x",
     ])
     func `a malformed URL is refused, and never quoted`(url: String) {
         let error = #expect(throws: EventsError.self) { try RedisConfiguration(url: url) }

@@ -225,7 +225,13 @@ public struct ProgressTracker: Sendable {
         // What was refused as a whole is an error: a caller that looks only for errors must not take it for counted.
         let refusal: (EventsError.Code, String)? =
             switch update.verdict {
-            case .unknownProject: (.unknownProject, "no progress is kept for this project")
+            case .unknownProject where update.progress.status.rawValue.isEmpty:
+                (.unknownProject, "no progress is kept for this project")
+            case .unknownProject:
+                (
+                    .unknownProject,
+                    "there is no such generation of it yet: it is in generation \(update.progress.generation)"
+                )
             case .alreadySealed: (.alreadySealed, "the total is final")
             case .totalBelowDone: (.totalBelowDone, "the total is below the \(update.progress.done) items done")
             case .itemKindMismatch: (.itemKindMismatch, "its items are counted the other way, by index or by name")

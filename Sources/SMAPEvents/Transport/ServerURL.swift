@@ -7,6 +7,8 @@ package struct ServerURL {
     package var port: Int?
     /// Without the leading slash.
     package var path: String
+    /// Whether a query or a fragment follows, which is not read.
+    package var hasQuery = false
 
     /// Reads `scheme://user:password@host:port/path` (RFC 3986), IPv6 addresses in brackets. A query is ignored.
     ///
@@ -18,7 +20,10 @@ package struct ServerURL {
         }
         scheme = url[..<colon.lowerBound].lowercased()
         var rest = url[colon.upperBound...]
-        if let query = rest.firstIndex(where: { $0 == "?" || $0 == "#" }) { rest = rest[..<query] }
+        if let query = rest.firstIndex(where: { $0 == "?" || $0 == "#" }) {
+            rest = rest[..<query]
+            hasQuery = true
+        }
         let slash = rest.firstIndex(of: "/") ?? rest.endIndex
         path = try Self.decode(rest[slash...].dropFirst(), "path", setting)
         var authority = rest[..<slash]

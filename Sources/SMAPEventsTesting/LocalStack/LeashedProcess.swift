@@ -64,7 +64,8 @@ final class LeashedProcess: Sendable {
         }
         guard let identifier = await identifiers.first(where: { _ in true }) else {
             throw EventsError(
-                .connectionFailed, "\(command.first ?? "") could not be started", operation: "local stack")
+                .connectionFailed, "\(command.first ?? "") could not be started by a shell (sh)",
+                operation: "local stack")
         }
         processID = identifier
     }

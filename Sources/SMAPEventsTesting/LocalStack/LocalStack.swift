@@ -3,6 +3,12 @@ internal import SMAPEvents
 internal import Subprocess
 internal import Synchronization
 
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
 #if canImport(Glibc)
 internal import Glibc
 #elseif canImport(Musl)
@@ -118,7 +124,8 @@ public final class LocalStack: Sendable {
             if options.rabbitMQ { try await waitUntilReady(.rabbitMQ, folder, ports, deadline) }
         } catch {
             for process in processes.all { await process.stop() }
-            rmdir(folder)
+            // Of what was not started nobody else removes it.
+            try? FileManager.default.removeItem(atPath: folder)
             throw error
         }
         return LocalStack(folder: folder, ports: ports, options: options, processes: processes)
@@ -255,7 +262,8 @@ public final class LocalStack: Sendable {
             "rabbitmq-server", in: rabbitMQFolders, package: "rabbitmq-server (apt-get) or rabbitmq (brew)")
         let home = "\(folder)/rabbitmq"
         let environment = [
-            "HOME": home, "ERL_EPMD_PORT": String(ports[2]), "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "HOME": home, "ERL_CRASH_DUMP": "\(home)/erl_crash.dump", "ERL_EPMD_PORT": String(ports[2]),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
             // Makes the script become the node, so that the process id is the node's.
             "RUNNING_UNDER_SYSTEMD": "1",
             "RABBITMQ_NODENAME": nodeName(ports),
@@ -373,16 +381,17 @@ public final class LocalStack: Sendable {
         return String(decoding: buffer.prefix(count), as: UTF8.self)
     }
 
-    /// Ports that were free a moment ago: all are held at once, so that they differ.
-    private static func freePorts(_ count: Int) throws -> [Int] {
-        var held: [Int32] = []
-        defer { for descriptor in held { close(descriptor) } }
-        return try (0..<count).map { _ in
-            guard let (descriptor, port) = Socket.freePort() else {
-                throw EventsError(.notFound, "no free port on 127.0.0.1", operation: "local stack")
-            }
-            held.append(descriptor)
-            return port
+    /// Ports that were free a moment ago: all are held at once, so that they differ. Not of those that systems give to
+    /// connections (32768 and up on Linux): such a one may be taken before the server has it.
+    static func freePorts(_ count: Int) throws -> [Int] {
+        var held: [(descriptor: Int32, port: Int)] = []
+        defer { for (descriptor, _) in held { close(descriptor) } }
+        for _ in 0..<1_000 where held.count < count {
+            if let port = Socket.freePort(.random(in: 20_000..<32_768)) { held.append(port) }
         }
+        guard held.count == count else {
+            throw EventsError(.notFound, "no free port on 127.0.0.1", operation: "local stack")
+        }
+        return held.map(\.port)
     }
 }
