@@ -381,17 +381,22 @@ public final class LocalStack: Sendable {
         return String(decoding: buffer.prefix(count), as: UTF8.self)
     }
 
-    /// Ports that were free a moment ago: all are held at once, so that they differ. Not of those that systems give to
-    /// connections (32768 and up on Linux): such a one may be taken before the server has it.
+    /// Ports that were free a moment ago, and that this process has not given out before: a server may take long to have
+    /// its port. Not of those that systems give to connections (32768 and up on Linux): such a one may be gone by then.
     static func freePorts(_ count: Int) throws -> [Int] {
-        var held: [(descriptor: Int32, port: Int)] = []
-        defer { for (descriptor, _) in held { close(descriptor) } }
-        for _ in 0..<1_000 where held.count < count {
-            if let port = Socket.freePort(.random(in: 20_000..<32_768)) { held.append(port) }
+        var ports: [Int] = []
+        for _ in 0..<1_000 where ports.count < count {
+            let next = lastPort.wrappingAdd(1, ordering: .relaxed).newValue
+            guard let (descriptor, port) = Socket.freePort(20_000 + next % 12_768) else { continue }
+            close(descriptor)
+            ports.append(port)
         }
-        guard held.count == count else {
+        guard ports.count == count else {
             throw EventsError(.notFound, "no free port on 127.0.0.1", operation: "local stack")
         }
-        return held.map(\.port)
+        return ports
     }
+
+    /// Processes begin at different ones.
+    private static let lastPort = Atomic<UInt16>(.random(in: 0..<12_768))
 }
