@@ -163,10 +163,20 @@ import Testing
         try await withFolder { folder in
             let processFile = "\(folder)/pid"
             for kill in 1...2 {
-                async let run = Program.events(
-                    ["dlq", "replay", queue.rawValue], environment: environment, processFile: processFile)
+                let ended = Locked<String?>(nil)
+                async let run = {
+                    let output = try await Program.events(
+                        ["dlq", "replay", queue.rawValue], environment: environment, processFile: processFile)
+                    ended.withLock { $0 = "\(output.status): \(output.output) \(output.error)" }
+                    return output
+                }()
                 let mark = kill * count / 4
-                try await eventually("some are replayed") { try await replayed() >= mark }
+                try await eventually("some are replayed") {
+                    let output = ended.withLock { $0 }
+                    if let output { Issue.record("it ended by itself, with \(output)") }
+                    let count = try await replayed()
+                    return output != nil || count >= mark
+                }
                 try Program.signal(SIGKILL, processFile: processFile)
                 let status = try await run.status
                 #expect(status == 128 + SIGKILL, "it was killed in the middle")
