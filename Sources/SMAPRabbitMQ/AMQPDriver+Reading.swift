@@ -2,21 +2,13 @@ internal import CRabbitMQ
 internal import Logging
 internal import SMAPEvents
 
-#if canImport(Glibc)
-internal import Glibc
-#elseif canImport(Musl)
-internal import Musl
-#elseif canImport(Darwin)
-internal import Darwin
-#endif
-
 /// Frames from the broker: methods, and messages put together from method, header and body.
 extension AMQPDriver {
     /// Reads until the socket is silent. True if there may be more, after so many frames that others must have a turn.
     func readFrames() throws -> Bool {
         for _ in 0..<4096 {
             var frame = amqp_frame_t()
-            var immediately = CRabbitMQTimeval()
+            var immediately = Self.noTime
             let status = amqp_simple_wait_frame_noblock(handle, &frame, &immediately)
             if status == AMQP_STATUS_TIMEOUT.rawValue { return false }
             try Self.check(status, "reading")

@@ -66,6 +66,8 @@ extension AMQPDriver {
         }
     }
 
+    static var noTime: CRabbitMQTimeval { CRabbitMQTimeval() }
+
     static func timeval(from now: MonotonicTime, to deadline: MonotonicTime) -> CRabbitMQTimeval {
         let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 1_000_000
         return CRabbitMQTimeval(tv_sec: Int(left / 1_000_000_000), tv_usec: Int(left % 1_000_000_000 / 1000))

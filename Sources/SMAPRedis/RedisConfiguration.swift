@@ -38,8 +38,8 @@ public struct RedisConfiguration: Sendable, CustomStringConvertible {
     /// How connections are encrypted, those to the sentinels too; nil, the default, for plain text. `rediss://` in a URL, or
     /// `REDIS_TLS=true`.
     ///
-    /// There is no falling back to plain text. The host that is verified is the one that sentinels name, most often an
-    /// address.
+    /// There is no falling back to plain text. With sentinels, the host that is verified is the one that they name, most
+    /// often an address.
     public var tls: ServerTLS?
     /// The user of an access control list; none by default, which is Redis's user `default`. `REDIS_USERNAME`. Needs a
     /// password.

@@ -102,8 +102,8 @@ public final class LocalStack: Sendable {
     /// Throws ``SMAPEvents/EventsError/Code/notFound`` when a server is not installed, and
     /// ``SMAPEvents/EventsError/Code/deadlineExceeded`` when one does not answer in time, with the end of its log.
     public static func start(_ options: Options = Options()) async throws -> LocalStack {
-        let folder = try temporaryFolder()
         let ports = try freePorts(4)
+        let folder = try temporaryFolder()
         var processes = Processes(all: [])
         do {
             if options.rabbitMQ {
