@@ -136,18 +136,21 @@ final class RabbitMQConnection: Sendable {
 
     /// Called on the thread once the server has accepted the login.
     func opened() {
-        let (waiting, isRecovery) = shared.withLock { shared in
-            let isRecovery = shared.hasOpened
+        let isRecovery = shared.withLock { shared in
+            defer { shared.hasOpened = true }
             shared.isHopeless = false
-            shared.hasOpened = true
             shared.openedAt = .now
-            defer { shared.waiting = [:] }
-            return (Array(shared.waiting.values), isRecovery)
+            return shared.hasOpened
         }
         window.withLock { $0.connected() }
         if isRecovery { recoveries.increment() }
         logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
         change(to: .open)
+        // Only now: who has found it not yet open is among them, and who comes later finds it open.
+        let waiting = shared.withLock { shared in
+            defer { shared.waiting = [:] }
+            return Array(shared.waiting.values)
+        }
         for entry in waiting { entry.continuation.resume() }
     }
 
@@ -173,14 +176,14 @@ final class RabbitMQConnection: Sendable {
         let isPoisoned = if case AMQPFailure.closedByBroker = failure { error.code != .connectionLost } else { false }
         let (consumers, calls) = shared.withLock { shared in
             defer { shared.consumers = [:] }
+            // What is in the mailbox is among the calls, and must not be taken twice.
+            _ = mailbox.takeAll()
             return (Array(shared.consumers.values), Array(shared.calls.values))
         }
         change(to: .recovering, error)
         for consumer in consumers { consumer.fail(error) }
         replies.connectionLost(error)
         answer { $0.connectionLost(error, unwritten: unwritten, isPoisoned: isPoisoned) }
-        // Those still in the mailbox are among them, and must not be taken twice.
-        _ = mailbox.takeAll()
         for call in calls.sorted(by: { $0.number < $1.number }) {
             switch call.request {
             case .stopConsumer, .closeConsumer:
@@ -300,21 +303,19 @@ final class RabbitMQConnection: Sendable {
     }
 
     private func post(_ call: RemoteCall) -> RemoteCall {
-        let hasRoom = shared.withLock { shared in
-            guard shared.calls.count < Self.callLimit else { return false }
-            shared.calls[ObjectIdentifier(call)] = call
-            return true
+        // In one step: when a connection ends, a call is in both or in neither.
+        let posting = shared.withLock { shared -> Mailbox<RemoteCall>.Posting in
+            guard shared.calls.count < Self.callLimit else { return .full }
+            let posting = mailbox.post(call)
+            if case .accepted = posting { shared.calls[ObjectIdentifier(call)] = call }
+            return posting
         }
-        switch hasRoom ? mailbox.post(call) : .full {
+        switch posting {
         case .accepted:
             Watchdog.shared.look(by: call.deadline)
             wake()
-        case .full:
-            forget(call)
-            call.fail(.overloaded, "too many calls are waiting for the connection")
-        case .closed:
-            forget(call)
-            call.fail(.closed, "the transport was closed")
+        case .full: call.fail(.overloaded, "too many calls are waiting for the connection")
+        case .closed: call.fail(.closed, "the transport was closed")
         }
         return call
     }

@@ -1,4 +1,5 @@
 import Configuration
+import Logging
 import SMAPEvents
 import SMAPEventsTesting
 import SMAPRabbitMQ
@@ -12,11 +13,13 @@ enum SharedStack {
         get async throws { try await stack.value }
     }
 
-    static func transport(_ change: (inout RabbitMQConfiguration) -> Void = { _ in }) async throws -> RabbitMQTransport
-    {
+    static func transport(
+        logger: Logger = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() },
+        _ change: (inout RabbitMQConfiguration) -> Void = { _ in }
+    ) async throws -> RabbitMQTransport {
         var configuration = try RabbitMQConfiguration(url: await current.rabbitMQURL)
         change(&configuration)
-        return try RabbitMQTransport(configuration: configuration)
+        return try RabbitMQTransport(configuration: configuration, logger: logger)
     }
 
     static func store() async throws -> RedisProgressStore {

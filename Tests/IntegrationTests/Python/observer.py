@@ -32,9 +32,11 @@ stop = threading.Event()
 threads = []
 for arguments in [("smap.events", "topic", "#", topic), ("smtp_send_email_exc", "fanout", "", legacy)]:
     ready = threading.Event()
-    thread = threading.Thread(target=watch, args=(*arguments, ready, stop))
+    # They end with this program, also when it fails.
+    thread = threading.Thread(target=watch, args=(*arguments, ready, stop), daemon=True)
     thread.start()
-    ready.wait(30)
+    if not ready.wait(60):
+        sys.exit(f"{arguments[0]} could not be watched")
     threads.append(thread)
 print("ready", flush=True)
 
