@@ -237,10 +237,12 @@ package final class ConnectionThread: WatchdogTarget {
             pollfd(fd: driver.descriptor, events: Int16(POLLIN), revents: 0),
             pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0),
         ]
+        var hasSignal = false
         while true {
             // Drained first, then the flag lowered, then the work taken: a caller that finds the flag up has left its
-            // work before the flag is lowered, and one that finds it down signals again.
-            if isSignalled.load(ordering: .acquiring) {
+            // work before the flag is lowered, and one that finds it down signals again. A signal may come after its flag
+            // was seen; left where it is, it would end every wait at once.
+            if hasSignal || isSignalled.load(ordering: .acquiring) {
                 wakeup.drain()
                 _ = isSignalled.exchange(false, ordering: .acquiringAndReleasing)
             }
@@ -252,8 +254,9 @@ package final class ConnectionThread: WatchdogTarget {
             if interest.pause > 0 { usleep(interest.pause) }
             entries[0].events = Int16(POLLIN) | (interest.writable ? Int16(POLLOUT) : 0)
             let timeout = interest.timer.map { MonotonicTime.now.pollTimeout(until: $0) } ?? -1
+            hasSignal = false
             if timeout == 0 { continue }
-            _ = poll(&entries, nfds_t(entries.count), timeout)
+            if poll(&entries, nfds_t(entries.count), timeout) > 0 { hasSignal = entries[1].revents != 0 }
         }
     }
 }

@@ -145,6 +145,28 @@ private func eventually(within limit: Duration = .seconds(5), _ condition: () ->
         }
     }
 
+    @Test func `a wake-up that arrives after its work was taken does not keep the thread busy`() async throws {
+        try await withPair { thread, shared, _ in
+            for _ in 0..<50 {
+                // A thread that comes round all the time sees that it is woken before the kernel does.
+                shared.timer.withLock { $0 = .now }
+                thread.wake()
+                let busy = shared.rounds.load(ordering: .relaxed) + 100
+                #expect(await eventually { shared.rounds.load(ordering: .relaxed) > busy })
+                thread.wake()
+                shared.timer.withLock { $0 = nil }
+                var newRounds = Int.max
+                let end = ContinuousClock.now + .seconds(5)
+                while newRounds > 20, ContinuousClock.now < end {
+                    let before = shared.rounds.load(ordering: .relaxed)
+                    try await Task.sleep(for: .milliseconds(5))  // the subject is that nothing happens in this time
+                    newRounds = shared.rounds.load(ordering: .relaxed) - before
+                }
+                try #require(newRounds <= 20)
+            }
+        }
+    }
+
     @Test func `a timer brings it round without a wake-up`() async throws {
         try await withPair { thread, shared, _ in
             shared.timer.withLock { $0 = MonotonicTime.now.advanced(by: .milliseconds(50)) }
