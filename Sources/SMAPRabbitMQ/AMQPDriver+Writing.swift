@@ -24,7 +24,7 @@ extension AMQPDriver {
         if frames.count > 1 { Socket.cork(descriptor, false) }
     }
 
-    /// Writes what the socket takes. Returns when to go on if something is left, nil if nothing is.
+    /// Writes what the socket takes. Returns when to look again at the latest, nil if there is no need.
     func writePublishes() throws -> Duration? {
         guard publishing.isOpen, !isBlocked, restoring == 0 else { return nil }
         // The kernel counts its own bookkeeping in the buffer too, hence the half.
@@ -35,9 +35,7 @@ extension AMQPDriver {
             if size > budget, Socket.unsentBytes(descriptor) > 0 { return [] }
             return window.takeBatch(budget: budget)
         }
-        guard !batch.isEmpty else {
-            return connection.withWindow { $0.hasUnsent } ? .milliseconds(2) : nil
-        }
+        guard !batch.isEmpty else { return connection.withWindow { $0.patience } }
         // A body that is a multiple of the frame's size would lie 200 ms in the kernel (the library sets MSG_MORE on
         // its last frame); uncorking sends it.
         Socket.cork(descriptor, true)

@@ -114,10 +114,19 @@ struct PublishWindow {
         return answers
     }
 
+    /// From so many in flight on callers do not wake the thread one by one.
+    private static let busyCount = 32
+
     /// Whether the thread must be told of what was just submitted. While some messages are in flight their confirms bring
     /// it round soon enough, and it then finds a batch instead of one message; that is Nagle's rule (RFC 896), and saves
-    /// a dozen system calls a message.
-    var needsWake: Bool { sentCount < 32 || (entries.count - sentCount) % 32 == 0 }
+    /// a dozen system calls a message. Where they do not, ``patience`` does.
+    var needsWake: Bool { sentCount < Self.busyCount || (entries.count - sentCount) % Self.busyCount == 0 }
+
+    /// How long the thread may stay away when it has written what it could; nil for as long as it likes. A queue that
+    /// cannot confirm (a quorum queue without a majority) must not hold up what goes to others.
+    var patience: Duration? {
+        hasUnsent ? .milliseconds(2) : sentCount < Self.busyCount ? nil : .milliseconds(10)
+    }
 
     /// Whether so much is in flight that two milliseconds more make no difference to anyone.
     var isBusy: Bool { sentCount >= 256 }

@@ -71,6 +71,41 @@ import Testing
         }
     }
 
+    @Test func `what is published is written although nothing before it is confirmed`() async throws {
+        try await FaultProxy.withProxy(to: try await SharedStack.current.rabbitMQPort) { proxy in
+            let straight = try await SharedStack.transport()
+            let queue: QueueName = "fault.unconfirmed"
+            try await EventSubscription(queue: queue, bindings: ["fault.unconfirmed"]).topology.apply(to: straight)
+            func arrived(_ count: Int) async throws {
+                try await eventually("\(count) have arrived") {
+                    try await straight.status(of: queue, deadline: .now + .seconds(20)).messages == count
+                }
+            }
+            var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: proxy.port)
+            // Nothing else brings the connection round.
+            configuration.heartbeat = .zero
+            try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
+                let publisher = publisher(transport)
+                try await publisher.declareExchanges()
+                let event = UntypedEvent(routingKey: "fault.unconfirmed", data: Array("{}".utf8))
+                try await publisher.publish(event)
+                proxy.fault = .stall(toward: .client)
+                try await withThrowingTaskGroup { group in
+                    // One by one, as long as it takes for each to arrive: so that none goes along with another.
+                    for count in 2...40 {
+                        group.addTask {
+                            try await publisher.publish(event, options: PublishOptions(deadline: .seconds(120)))
+                        }
+                        try await arrived(count)
+                    }
+                    proxy.fault = .none
+                    for try await receipt in group { #expect(receipt.routed) }
+                }
+            }
+            await straight.close()
+        }
+    }
+
     @Test func `of several nodes the one that answers is taken`() async throws {
         let port = try await SharedStack.current.rabbitMQPort
         var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: 1)

@@ -27,6 +27,7 @@ public final class FaultProxy: Sendable {
     public struct Fault: Sendable, Hashable {
         enum Kind: Hashable {
             case none, stall, trickle, refuse
+            case stallToward(Side)
             case delay(Duration)
         }
 
@@ -36,6 +37,8 @@ public final class FaultProxy: Sendable {
         public static let none = Fault(kind: .none)
         /// No byte passes, in either direction, and nobody is told: a cable that was pulled. What waits passes later.
         public static let stall = Fault(kind: .stall)
+        /// No byte passes to that side; the other way they do. What waits passes later.
+        public static func stall(toward side: Side) -> Fault { Fault(kind: .stallToward(side)) }
         /// Bytes pass one at a time.
         public static let trickle = Fault(kind: .trickle)
         /// New connections are closed at once; those that are open go on.
@@ -184,9 +187,13 @@ private final class Link: Sendable {
     }
 
     func start(fault: @escaping @Sendable () -> FaultProxy.Fault, ended: @escaping @Sendable () -> Void) {
-        for (index, (source, sink)) in [(client, server), (server, client)].enumerated() {
+        let directions: [(Int32, Int32, FaultProxy.Side)] = [(client, server, .server), (server, client, .client)]
+        for (index, (source, sink, side)) in directions.enumerated() {
             let run: @Sendable () -> Void = { [self] in
-                pump(from: source, to: sink, wakeups[index], fault)
+                pump(from: source, to: sink, wakeups[index]) {
+                    let fault = fault()
+                    return fault == .stall(toward: side) ? .stall : fault
+                }
                 finish(ended)
             }
             do throws(SocketError) {
