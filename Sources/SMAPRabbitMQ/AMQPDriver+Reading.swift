@@ -163,6 +163,9 @@ extension AMQPDriver {
             let exchange = text.split(separator: "'", omittingEmptySubsequences: false).dropFirst().first.map(
                 String.init)
             connection.answer { $0.channelClosed(text, refused: exchange.map { ($0, error.code) }) }
+            // Replies come to the channel that has asked.
+            connection.replies.connectionLost(
+                EventsError(.connectionLost, "the channel was closed: \(text)", operation: "request"))
             try open(channel)
         case .consuming(let consumer):
             channel.closed(error, keepSteps: false)

@@ -278,6 +278,7 @@ final class RabbitMQConnection: Sendable {
         }
         for entry in waiting { entry.continuation.resume(throwing: error) }
         answer { $0.close(error, unwritten: unwritten) }
+        replies.close(error)
         for call in calls { call.fail(error.code, error.message) }
         for consumer in consumers { consumer.fail(error) }
         for call in mailbox.close() { call.fail(error.code, error.message) }

@@ -169,6 +169,50 @@ import Testing
         }
     }
 
+    @Test(.timeLimit(.minutes(1)))
+    func `a request whose reply can no longer come ends, long before its deadline`() async throws {
+        let queue: QueueName = "test.unanswered"
+        let observer = try await SharedStack.transport()
+        try await EventSubscription(queue: queue, bindings: ["test.unanswered"]).topology.apply(to: observer)
+
+        func request(_ number: Int, endsWith code: EventsError.Code, after lose: (RabbitMQTransport) async throws -> Void)
+            async throws
+        {
+            let transport = try await SharedStack.transport()
+            let hasEnded = Locked(false)
+            let question = OutboundMessage(
+                exchange: ExchangeName.events, routingKey: "test.unanswered", properties: MessageProperties(), body: [])
+            async let error: EventsError? = {
+                defer { hasEnded.withLock { $0 = true } }
+                do {
+                    _ = try await transport.request(question, deadline: .now + .seconds(3600))
+                    return nil
+                } catch { return error as? EventsError }
+            }()
+            try await eventually("it was sent") {
+                try await observer.status(of: queue, deadline: .now + .seconds(20)).messages == number
+            }
+            // More than once: the confirm may still be on its way.
+            try await eventually("it has ended") {
+                try await lose(transport)
+                return hasEnded.withLock { $0 }
+            }
+            #expect(await error?.code == code)
+            await transport.close()
+        }
+        try await request(1, endsWith: .closed) { await $0.close() }
+        // The broker closes the channel, and replies come to channels.
+        try await request(2, endsWith: .connectionLost) { transport in
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.publish(deadline: .now + .seconds(20)) {
+                    OutboundMessage(exchange: "test.missing", routingKey: "x", properties: MessageProperties(), body: [])
+                }
+            }
+            #expect(error?.code == .exchangeNotFound)
+        }
+        await observer.close()
+    }
+
     @Test func `a closed transport refuses what comes later`() async throws {
         let transport = try await SharedStack.transport()
         let publisher = publisher(transport)

@@ -72,10 +72,16 @@ package final class ReplyRegistry: Sendable {
         answer(id, .success(reply))
     }
 
-    /// The connection is gone, and with it the replies to what had been sent.
+    /// The connection, or its channel, is gone, and with it the replies to what had been sent. What had not is sent on the
+    /// next.
     package func connectionLost(_ error: EventsError) {
         let lost = waiting.withLock { $0.filter { $0.value.isSent }.map(\.key) }
         for id in lost { answer(id, .failure(error)) }
+    }
+
+    /// There will be no connection any more.
+    package func close(_ error: EventsError) {
+        for id in waiting.withLock({ Array($0.keys) }) { answer(id, .failure(error)) }
     }
 
     private func answer(_ id: String, _ result: Result<InboundDelivery, any Error>) {

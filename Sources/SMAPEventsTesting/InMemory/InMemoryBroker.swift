@@ -207,8 +207,10 @@ public final class InMemoryBroker: EventTransport {
     }
 
     /// Ends all consumers as a lost connection does, with ``SMAPEvents/EventsError/Code/connectionLost``: what they have
-    /// not settled comes again, and they cannot settle it any more.
+    /// not settled comes again, and they cannot settle it any more. Nor do replies come to requests that are under way.
     public func interrupt() {
+        replies.connectionLost(
+            EventsError(.connectionLost, "the connection was interrupted", operation: "request"))
         let consumers = state.withLock { $0.queues.values.flatMap(\.consumers) }
         for consumer in consumers {
             consumer.buffer.end(
