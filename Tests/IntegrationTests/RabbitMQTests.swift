@@ -175,7 +175,9 @@ import Testing
         let observer = try await SharedStack.transport()
         try await EventSubscription(queue: queue, bindings: ["test.unanswered"]).topology.apply(to: observer)
 
-        func request(_ number: Int, endsWith code: EventsError.Code, after lose: (RabbitMQTransport) async throws -> Void)
+        func request(
+            _ number: Int, endsWith code: EventsError.Code, after lose: (RabbitMQTransport) async throws -> Void
+        )
             async throws
         {
             let transport = try await SharedStack.transport()
@@ -205,7 +207,8 @@ import Testing
         try await request(2, endsWith: .connectionLost) { transport in
             let error = await #expect(throws: EventsError.self) {
                 try await transport.publish(deadline: .now + .seconds(20)) {
-                    OutboundMessage(exchange: "test.missing", routingKey: "x", properties: MessageProperties(), body: [])
+                    OutboundMessage(
+                        exchange: "test.missing", routingKey: "x", properties: MessageProperties(), body: [])
                 }
             }
             #expect(error?.code == .exchangeNotFound)

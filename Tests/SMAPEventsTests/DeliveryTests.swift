@@ -160,7 +160,11 @@ private let queue: QueueName = "test.deliveries"
                     $0.retryDelay = .milliseconds(1)
                 }
                 subscription.inbox.scope = "\(hasInbox)"
-                let dying = DyingTransport(broker: harness.broker)
+                // The acknowledgement does not go out any more.
+                let dies = Flag()
+                let dying = InterceptedTransport(broker: harness.broker) { [broker = harness.broker] message in
+                    if message.exchange.hasPrefix("smap.retry"), dies.lower() { broker.interrupt() }
+                }
                 let subscriber = EventSubscriber(
                     transport: dying, subscription: subscription, router: router,
                     inbox: hasInbox ? harness.inbox : nil, clock: clock)
@@ -193,47 +197,6 @@ private let queue: QueueName = "test.deliveries"
                 defer { isUp = false }
                 return isUp
             }
-        }
-    }
-
-    /// Loses its consumers as soon as a retry has been parked, once: the acknowledgement does not go out any more.
-    private struct DyingTransport: EventTransport {
-        let broker: InMemoryBroker
-        let dies = Flag()
-
-        func publish(
-            deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
-        ) async throws -> Bool {
-            let message = try message()
-            let isRouted = try await broker.publish(deadline: deadline) { message }
-            if message.exchange.hasPrefix("smap.retry"), dies.lower() { broker.interrupt() }
-            return isRouted
-        }
-
-        func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
-            try await broker.declare(exchange, deadline: deadline)
-        }
-        func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-            try await broker.declare(queue, deadline: deadline)
-        }
-        func bind(
-            _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
-        ) async throws { try await broker.bind(queue, to: exchange, routingKey: routingKey, deadline: deadline) }
-        func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
-            try await broker.checkExchange(name, deadline: deadline)
-        }
-        func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-            try await broker.status(of: queue, deadline: deadline)
-        }
-        func health() async -> Health { await broker.health() }
-        func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
-            try await broker.request(message, deadline: deadline)
-        }
-        func withConsumer<Result: Sendable>(
-            on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
-            _ body: @Sendable (any TransportConsumer) async throws -> Result
-        ) async throws -> Result {
-            try await broker.withConsumer(on: queue, prefetch: prefetch, deadline: deadline, body)
         }
     }
 

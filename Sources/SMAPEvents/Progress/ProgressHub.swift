@@ -8,6 +8,8 @@ package final class ProgressHub: Sendable {
     package typealias Updates = AsyncThrowingStream<ProjectProgress, any Error>
 
     private struct Watched {
+        /// Whose look it is: the task of an earlier one may still be at its end.
+        let id: UInt64
         var watchers: [UInt64: Updates.Continuation] = [:]
         var last: ProjectProgress?
         let nudge: AsyncStream<Void>.Continuation
@@ -50,8 +52,8 @@ package final class ProgressHub: Sendable {
             if let last = state.projects[project]?.last { continuation.yield(last) }
             if state.projects[project] == nil {
                 let (nudges, nudge) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
-                state.projects[project] = Watched(nudge: nudge)
-                state.projects[project]?.task = Task { await self.follow(project, nudges, nudge) }
+                state.projects[project] = Watched(id: id, nudge: nudge)
+                state.projects[project]?.task = Task { await self.follow(project, id, nudges, nudge) }
             }
             state.projects[project]?.watchers[id] = continuation
             return id
@@ -76,7 +78,7 @@ package final class ProgressHub: Sendable {
     }
 
     private func follow(
-        _ project: ProjectID, _ nudges: AsyncStream<Void>, _ nudge: AsyncStream<Void>.Continuation
+        _ project: ProjectID, _ id: UInt64, _ nudges: AsyncStream<Void>, _ nudge: AsyncStream<Void>.Continuation
     ) async {
         await withDiscardingTaskGroup { group in
             group.addTask { [interval, subscribe] in
@@ -93,9 +95,9 @@ package final class ProgressHub: Sendable {
                         throw EventsError(
                             .unknownProject, "no progress is kept for this project", operation: "watch \(project)")
                     }
-                    tell(project, progress)
+                    tell(project, id, progress)
                     if progress.isOver {
-                        end(project, nil)
+                        end(project, id, nil)
                         break
                     }
                 } catch is CancellationError {
@@ -103,28 +105,32 @@ package final class ProgressHub: Sendable {
                 } catch let error as EventsError where error.isRetriable && error.code != .unknownProject {
                     // The store is away; the next look tells.
                 } catch {
-                    end(project, error)
+                    end(project, id, error)
                     break
                 }
             }
             group.cancelAll()
         }
+        // Somebody may watch anew.
+        guard state.withLock({ $0.projects[project] == nil }) else { return }
         // Also when this task is cancelled, as it is when the last watcher leaves.
         await Task { [unsubscribe] in await unsubscribe(project) }.value
     }
 
-    private func tell(_ project: ProjectID, _ progress: ProjectProgress) {
+    private func tell(_ project: ProjectID, _ id: UInt64, _ progress: ProjectProgress) {
         let watchers = state.withLock { state -> [Updates.Continuation] in
-            guard state.projects[project] != nil, state.projects[project]?.last != progress else { return [] }
+            guard state.projects[project]?.id == id, state.projects[project]?.last != progress else { return [] }
             state.projects[project]?.last = progress
             return Array(state.projects[project]?.watchers.values ?? [:].values)
         }
         for watcher in watchers { watcher.yield(progress) }
     }
 
-    private func end(_ project: ProjectID, _ error: (any Error)?) {
+    private func end(_ project: ProjectID, _ id: UInt64, _ error: (any Error)?) {
         // Those who come now begin anew.
-        let watched = state.withLock { $0.projects.removeValue(forKey: project) }
+        let watched = state.withLock { state in
+            state.projects[project]?.id == id ? state.projects.removeValue(forKey: project) : nil
+        }
         for watcher in watched?.watchers.values ?? [:].values { watcher.finish(throwing: error) }
     }
 }

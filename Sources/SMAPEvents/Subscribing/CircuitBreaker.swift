@@ -61,13 +61,15 @@ final class CircuitBreaker: Sendable {
 
     var phase: Phase { state.withLock { $0.phase } }
 
-    /// Takes note of how a delivery ended.
-    func record(failure: Bool) {
+    /// Takes note of how a delivery ended. While one is tried, what was in hand before says nothing.
+    func record(failure: Bool, isTrial: Bool) {
         let now = stopwatch.elapsed()
         let watcher = state.withLock { state -> CheckedContinuation<Void, Never>? in
             switch state.phase {
             case .open: return nil
-            case .trial: state.phase = failure ? .open : .closed
+            case .trial:
+                guard isTrial else { return nil }
+                state.phase = failure ? .open : .closed
             case .closed:
                 state.recent.append(failure)
                 if failure { state.failures += 1 }

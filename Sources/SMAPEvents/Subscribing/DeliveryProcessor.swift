@@ -105,17 +105,19 @@ struct DeliveryProcessor: Sendable {
         let entry = InboxEntry(
             scope: policy.scope ?? subscription.queue.rawValue, eventID: envelope.eventID, body: inHand.delivery.body)
         do {
-            switch try await inbox.claim(entry, lease: subscription.lease, deadline: .now + policy.deadline) {
+            let lease = subscription.lease
+            let result = try await whateverHappens {
+                try await inbox.claim(entry, lease: lease, deadline: .now + policy.deadline)
+            }
+            switch result {
             case .granted(let token):
                 inHand.claim = (entry, token)
-                return nil
+                return Task.isCancelled ? .abandon : nil
             case .busy(let remaining): return .later(remaining)
             case .done:
                 metrics.duplicate()
                 return .acknowledge
             }
-        } catch is CancellationError {
-            return .abandon
         } catch {
             log("inbox does not answer", inHand.delivery, reason: "\(error)")
             return .later(.seconds(1))
@@ -286,9 +288,12 @@ struct DeliveryProcessor: Sendable {
         }
     }
 
-    /// The inbox is told although this task is cancelled: a shutdown must not leave leases behind.
-    private func whateverHappens(_ body: @escaping @Sendable () async throws -> Void) async throws {
-        if Task.isCancelled { try await Task { try await body() }.value } else { try await body() }
+    /// The inbox is asked and told although this task is, or is just being, cancelled: a shutdown must not leave leases
+    /// behind.
+    private func whateverHappens<Result: Sendable>(
+        _ body: @escaping @Sendable () async throws -> Result
+    ) async throws -> Result {
+        try await Task { try await body() }.value
     }
 
     // MARK: Texts

@@ -101,7 +101,8 @@ public final class EventSubscriber: Service {
         }
         // Handlers that still run have used up their time.
         pool.cancel()
-        await pool.until(within: .seconds(1)) { $0.workers == 0 }
+        // Not in this task, which may be cancelled: then nothing would be waited for.
+        await Task { await pool.until(within: .seconds(1)) { $0.workers == 0 } }.value
         // It holds this subscriber too.
         self.pool.withLock { $0 = nil }
         try result.get()
@@ -148,7 +149,7 @@ public final class EventSubscriber: Service {
         while !Task.isShuttingDownGracefully {
             // Also when the breaker opened just as the connection was lost.
             try await pauseIfOpen()
-            if Task.isShuttingDownGracefully { return }
+            if Task.isShuttingDownGracefully { break }
             do {
                 try await cancelWhenGracefulShutdown { try await self.declare() }
                 // One at a time, while it is not known whether handlers can work again.
@@ -164,7 +165,7 @@ public final class EventSubscriber: Service {
                 hasConsumed = true
                 failures = 0
             } catch is CancellationError where Task.isShuttingDownGracefully {
-                return
+                break
             } catch let error as EventsError {
                 if case .consuming = phase.withLock({ $0 }) {
                     hasConsumed = true
@@ -180,6 +181,9 @@ public final class EventSubscriber: Service {
                 try Task.checkCancellation()
             }
         }
+        // There is no consumer, but handlers of the last one may be at work.
+        enter(.stopping)
+        await drain(intake, pool)
     }
 
     private func isMendable(_ error: EventsError, hasConsumed: Bool) -> Bool {
@@ -261,9 +265,14 @@ public final class EventSubscriber: Service {
             enter(.stopping)
             await consumer.stop()
         }
+        await drain(intake, pool)
+        return .shutdown
+    }
+
+    /// Lets the handlers finish what they have in hand, and no more.
+    private func drain(_ intake: ConsumerIntake, _ pool: HandlerPool) async {
         intake.finish()
         await pool.until(within: subscription.drainTimeout) { $0.workers == 0 && $0.concluding == 0 }
-        return .shutdown
     }
 
     /// Waits for as long as an open circuit breaker pauses; what was in hand has been settled.
@@ -310,7 +319,7 @@ public final class EventSubscriber: Service {
         _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
     ) async {
         // Before it is settled: in a trial the broker sends the next one only then.
-        if let failure = verdict.isFailure { breaker?.record(failure: failure) }
+        if let failure = verdict.isFailure { breaker?.record(failure: failure, isTrial: inHand.isTrial) }
         await processor.conclude(inHand, verdict, since: start)
     }
 

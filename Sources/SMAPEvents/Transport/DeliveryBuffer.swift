@@ -26,10 +26,8 @@ package final class DeliveryBuffer: Sendable {
     /// The next delivery; nil after an orderly end.
     package func next() async throws -> InboundDelivery? {
         // Most deliveries are here already when a handler comes for the next one: no suspension, no handler.
-        if let delivery = state.withLock({ $0.end == nil ? $0.deliveries.popFirst() : nil }) {
-            try Task.checkCancellation()
-            return delivery
-        }
+        try Task.checkCancellation()
+        if let delivery = state.withLock({ $0.end == nil ? $0.deliveries.popFirst() : nil }) { return delivery }
         let id = state.withLock { state in
             state.lastID += 1
             return state.lastID

@@ -10,6 +10,7 @@ internal import Synchronization
 public final class InMemoryBroker: EventTransport {
     private struct Message {
         let position: UInt64
+        let queue: QueueName
         let content: OutboundMessage
         var deliveries = 0
     }
@@ -56,8 +57,9 @@ public final class InMemoryBroker: EventTransport {
     public func isSettled(_ queue: QueueName) -> Bool {
         state.withLock { state in
             guard let entry = state.queues[queue] else { return true }
+            // In hand also of those who take no more.
             return entry.ready.isEmpty
-                && entry.consumers.allSatisfy { state.unsettled[ObjectIdentifier($0)]?.isEmpty ?? true }
+                && state.unsettled.values.allSatisfy { $0.values.allSatisfy { $0.queue != queue } }
         }
     }
 
@@ -302,7 +304,7 @@ public final class InMemoryBroker: EventTransport {
     private func put(_ message: OutboundMessage, into queue: QueueName, _ state: inout State) {
         state.lastPosition += 1
         let position = state.lastPosition
-        state.queues[queue]?.ready.append(Message(position: position, content: message))
+        state.queues[queue]?.ready.append(Message(position: position, queue: queue, content: message))
         if case .integer(let pause) = state.queues[queue]?.declaration.arguments["x-message-ttl"] {
             let due = stopwatch.elapsed() + .milliseconds(pause)
             Task { [stopwatch, weak self] in

@@ -63,6 +63,10 @@ final class LeashedProcess: Sendable {
             }
         }
         guard let identifier = await identifiers.first(where: { _ in true }) else {
+            // It may start all the same, when it is our task that has ended.
+            letGo.finish()
+            await ended.value
+            try Task.checkCancellation()
             throw EventsError(
                 .connectionFailed, "\(command.first ?? "") could not be started by a shell (sh)",
                 operation: "local stack")

@@ -1,0 +1,48 @@
+import SMAPEvents
+import SMAPEventsTesting
+
+/// The broker in memory, with something happening at the moments that matter.
+struct InterceptedTransport: EventTransport {
+    let broker: InMemoryBroker
+    /// What happens once a message has been published.
+    var published: @Sendable (OutboundMessage) -> Void = { _ in }
+    /// What happens before a consumer is started.
+    var consuming: @Sendable () throws -> Void = {}
+
+    func publish(
+        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+    ) async throws -> Bool {
+        let message = try message()
+        let isRouted = try await broker.publish(deadline: deadline) { message }
+        published(message)
+        return isRouted
+    }
+
+    func withConsumer<Result: Sendable>(
+        on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
+        _ body: @Sendable (any TransportConsumer) async throws -> Result
+    ) async throws -> Result {
+        try consuming()
+        return try await broker.withConsumer(on: queue, prefetch: prefetch, deadline: deadline, body)
+    }
+
+    func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
+        try await broker.declare(exchange, deadline: deadline)
+    }
+    func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+        try await broker.declare(queue, deadline: deadline)
+    }
+    func bind(
+        _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
+    ) async throws { try await broker.bind(queue, to: exchange, routingKey: routingKey, deadline: deadline) }
+    func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
+        try await broker.checkExchange(name, deadline: deadline)
+    }
+    func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
+        try await broker.status(of: queue, deadline: deadline)
+    }
+    func health() async -> Health { await broker.health() }
+    func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
+        try await broker.request(message, deadline: deadline)
+    }
+}
