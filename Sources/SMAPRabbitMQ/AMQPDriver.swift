@@ -43,6 +43,8 @@ final class AMQPDriver: ConnectionDriver {
     var unwritten = 0
     /// Declarations that are being repeated after a loss; nothing is published before they are back.
     var restoring = 0
+    /// When the next of them must be answered.
+    var restoreLimit = MonotonicTime.distantFuture
 
     // MARK: Opening
 
@@ -111,10 +113,14 @@ final class AMQPDriver: ConnectionDriver {
             topology.exchanges.map { .declareExchange($0) } + topology.queues.map { .declareQueue($0) }
             + topology.bindings.map { .bind($0) }
         restoring = requests.count
+        let patience = connection.configuration.stallLimit
+        restoreLimit = MonotonicTime.now.advanced(by: patience)
         for request in requests {
-            let call = RemoteCall(request, operation: "declare again", deadline: .now + .seconds(30))
+            // Nobody waits for it; the limit above holds instead of its deadline.
+            let call = RemoteCall(request, operation: "declare again", deadline: .now)
             try begin(call) { [self] result in
                 restoring -= 1
+                restoreLimit = MonotonicTime.now.advanced(by: patience)
                 guard case .failure(let error) = result else { return }
                 connection.logger.warning("topology was not restored", metadata: ["reason": "\(error)"])
             }
@@ -188,6 +194,10 @@ final class AMQPDriver: ConnectionDriver {
     // MARK: The loop
 
     func round(now: MonotonicTime) throws -> Interest {
+        if restoring > 0, now >= restoreLimit {
+            throw EventsError(
+                .connectionLost, "what was declared before is not declared again", operation: "connection")
+        }
         // First of all, also because a publish must not find the receive heartbeat overdue: it would then wait for a
         // frame without end (rabbitmq-c #780).
         let isMoreToRead = try readFrames()
@@ -201,6 +211,7 @@ final class AMQPDriver: ConnectionDriver {
         // After a batch at once: a publish may have read frames into the library's own queue, where poll does not see
         // them.
         if let publishDelay { timer = min(timer ?? .distantFuture, now.advanced(by: publishDelay)) }
+        if restoring > 0 { timer = min(timer ?? .distantFuture, restoreLimit) }
         if isMoreToRead { timer = now }
         return Interest(timer: timer, pause: pause)
     }

@@ -35,8 +35,8 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     public var maximumReconnectDelay: Duration = .seconds(10)
     /// The heartbeat asked for, in whole seconds; a server may ask for less. 20 s by default, 0 turns it off.
     public var heartbeat: Duration = .seconds(20)
-    /// How long the connection's thread may be stuck in one system call before the connection is given up, 15 s by
-    /// default.
+    /// How long a connection may be stuck before it is given up, 15 s by default: its thread in one system call, or the
+    /// broker with one of the declarations that are repeated after a loss.
     public var stallLimit: Duration = .seconds(15)
     /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait.
     public var windowMessages: Int = 1_000

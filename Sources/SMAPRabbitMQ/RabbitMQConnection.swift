@@ -44,6 +44,8 @@ final class RabbitMQConnection: Sendable {
     private let mailbox = Mailbox<RemoteCall>(capacity: callLimit)
     private let window: Mutex<PublishWindow>
     private let shared = Mutex(Shared())
+    /// Held while a change of state is told, so that changes are told in their order. Never taken under `shared`.
+    private let changes = Mutex(())
     private let observe: @Sendable (ConnectionChange) -> Void
     private let recoveries: Counter
     private let openGauge: Gauge
@@ -96,15 +98,17 @@ final class RabbitMQConnection: Sendable {
     func wake() { thread?.wake() }
 
     private func change(to state: ConnectionState, _ reason: EventsError? = nil) {
-        let hasChanged = shared.withLock { shared in
-            guard shared.state != .closed, shared.state != state else { return false }
-            shared.state = state
-            shared.reason = reason
-            return true
+        changes.withLock { _ in
+            let hasChanged = shared.withLock { shared in
+                guard shared.state != .closed, shared.state != state else { return false }
+                shared.state = state
+                shared.reason = reason
+                return true
+            }
+            guard hasChanged else { return }
+            openGauge.record(state == .open ? 1 : 0)
+            observe(ConnectionChange(connection: name, state: state, reason: reason))
         }
-        guard hasChanged else { return }
-        openGauge.record(state == .open ? 1 : 0)
-        observe(ConnectionChange(connection: name, state: state, reason: reason))
     }
 
     // MARK: Opening and closing
@@ -138,7 +142,8 @@ final class RabbitMQConnection: Sendable {
     func opened() {
         let isRecovery = shared.withLock { shared in
             defer { shared.hasOpened = true }
-            shared.isHopeless = false
+            // Its owner may have closed it a moment ago.
+            if shared.state != .closed { shared.isHopeless = false }
             shared.openedAt = .now
             return shared.hasOpened
         }
@@ -195,7 +200,7 @@ final class RabbitMQConnection: Sendable {
                 call.fail(error.code, error.message)
             default:
                 // Declarations can be repeated. There is room: the calls are as bounded as the mailbox.
-                _ = mailbox.post(call)
+                if mailbox.post(call) == .closed { call.fail(.closed, "the transport was closed") }
             }
         }
     }
@@ -239,14 +244,17 @@ final class RabbitMQConnection: Sendable {
 
     /// Waits until nothing is unconfirmed or the deadline has passed, then closes the connection.
     func close(deadline: ContinuousClock.Instant) async {
-        await withTaskGroup { group in
-            group.addTask { await self.drain() }
-            group.addTask { try? await Task.sleep(until: deadline) }
-            await group.next()
-            // Ends the drain, where it is not over.
-            end(EventsError(.closed, "the transport was closed", operation: "connection"))
-            group.cancelAll()
-        }
+        // Not in this task, which may be cancelled: what is unconfirmed belongs to others too.
+        await Task {
+            await withTaskGroup { group in
+                group.addTask { await self.drain() }
+                group.addTask { try? await Task.sleep(until: deadline) }
+                await group.next()
+                // Ends the drain, where it is not over.
+                end(EventsError(.closed, "the transport was closed", operation: "connection"))
+                group.cancelAll()
+            }
+        }.value
         thread?.stop()
         await thread?.join()
     }
@@ -269,6 +277,8 @@ final class RabbitMQConnection: Sendable {
         change(to: .closed, error)
         let (waiting, calls, consumers) = shared.withLock { shared in
             shared.isHopeless = true
+            // What is in the mailbox is among the calls.
+            _ = mailbox.close()
             defer {
                 shared.waiting = [:]
                 shared.calls = [:]
@@ -281,7 +291,6 @@ final class RabbitMQConnection: Sendable {
         replies.close(error)
         for call in calls { call.fail(error.code, error.message) }
         for consumer in consumers { consumer.fail(error) }
-        for call in mailbox.close() { call.fail(error.code, error.message) }
         // Nobody waits for a connection that is still being made.
         if !isOpen { thread?.severSocket() }
     }
@@ -372,7 +381,6 @@ final class RabbitMQConnection: Sendable {
 
     private func waitForRoom(_ limit: MonotonicTime) async throws {
         let id = window.withLock { $0.nextID() }
-        Watchdog.shared.look(by: limit)
         try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { continuation in
                 window.withLock { window in
@@ -383,6 +391,7 @@ final class RabbitMQConnection: Sendable {
                     }
                     return window.admit(id, deadline: limit, continuation)
                 }.give()
+                Watchdog.shared.look(by: limit)
             }
         } onCancel: {
             window.withLock { $0.cancel(id) }.give()

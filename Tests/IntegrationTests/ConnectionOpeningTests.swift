@@ -64,7 +64,7 @@ private final class SteppingExecutor: TaskExecutor {
 }
 
 /// Does something at each message, on the thread that logs it.
-private struct HookLogHandler: LogHandler {
+struct HookLogHandler: LogHandler {
     let hook: @Sendable (String) -> Void
     var logLevel = Logger.Level.info
     var metadata: Logger.Metadata = [:]

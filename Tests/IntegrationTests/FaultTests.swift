@@ -106,6 +106,83 @@ import Testing
         }
     }
 
+    @Test(.timeLimit(.minutes(1)))
+    func `a connection on which the broker does not declare again what was declared is given up`() async throws {
+        try await FaultProxy.withProxy(to: try await SharedStack.current.rabbitMQPort) { proxy in
+            let connections = Locked(0)
+            let logger = Logger(label: "test") { _ in
+                HookLogHandler { message in
+                    // The second time it has sent its declarations, and none is answered any more.
+                    guard message == "connected",
+                        connections.withLock({
+                            $0 += 1; return $0
+                        }) == 2
+                    else { return }
+                    proxy.fault = .stall(toward: .client)
+                }
+            }
+            var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: proxy.port)
+            // Nothing else would notice.
+            configuration.heartbeat = .zero
+            configuration.stallLimit = .seconds(2)
+            try await RabbitMQTransport.withTransport(configuration: configuration, logger: logger) { transport in
+                for number in 0..<50 {
+                    let queue = QueueDeclaration(try QueueName("fault.restored.\(number)"), kind: .classic)
+                    try await transport.declare(queue, deadline: .now + .seconds(20))
+                }
+                let states = transport.states()
+                proxy.cut()
+                var reasons: [EventsError?] = []
+                for await change in states where change.state == .recovering {
+                    reasons.append(change.reason)
+                    if reasons.count == 2 { break }
+                }
+                proxy.fault = .none
+                #expect(reasons.last??.message.contains("declared again") == true, "\(reasons)")
+                try await publisher(transport).declareExchanges()
+                let event = UntypedEvent(routingKey: "fault.restored", data: Array("{}".utf8))
+                try await publisher(transport).publish(event)
+            }
+        }
+    }
+
+    @Test(.timeLimit(.minutes(1)))
+    func `a transport that is closed in a cancelled task waits for what others have published all the same`()
+        async throws
+    {
+        try await FaultProxy.withProxy(to: try await SharedStack.current.rabbitMQPort) { proxy in
+            let straight = try await SharedStack.transport()
+            let queue: QueueName = "fault.closing"
+            try await EventSubscription(queue: queue, bindings: ["fault.closing"]).topology.apply(to: straight)
+            let transport = try RabbitMQTransport(
+                configuration: RabbitMQConfiguration(host: "127.0.0.1", port: proxy.port))
+            let publisher = publisher(transport)
+            let event = UntypedEvent(routingKey: "fault.closing", data: Array("{}".utf8))
+            try await publisher.publish(event)
+            proxy.fault = .stall(toward: .client)
+            async let pending = publisher.publish(event)
+            try await eventually("it has arrived") {
+                try await straight.status(of: queue, deadline: .now + .seconds(20)).messages == 2
+            }
+            let closing = Task {
+                withUnsafeCurrentTask { $0?.cancel() }
+                await transport.close(timeout: .seconds(30))
+            }
+            try await eventually("it takes no more") {
+                do {
+                    try await publisher.publish(event, options: PublishOptions(deadline: .milliseconds(100)))
+                    return false
+                } catch let error as EventsError {
+                    return error.code == .closed
+                }
+            }
+            proxy.fault = .none
+            #expect(try await pending.routed)
+            await closing.value
+            await straight.close()
+        }
+    }
+
     @Test func `of several nodes the one that answers is taken`() async throws {
         let port = try await SharedStack.current.rabbitMQPort
         var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: 1)
