@@ -335,7 +335,7 @@ extension TransportContract {
                     }
                 }
                 try ContractViolation.equal(try await code(0, .seconds(20)), .requestRejected, "a refusal")
-                try ContractViolation.equal(try await code(1, .milliseconds(300)), .deadlineExceeded, "no reply")
+                try ContractViolation.equal(try await code(1, .seconds(2)), .deadlineExceeded, "no reply")
             }
         },
     ]
