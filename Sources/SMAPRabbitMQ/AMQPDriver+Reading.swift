@@ -111,6 +111,8 @@ extension AMQPDriver {
         guard let answers else {
             throw AMQPFailure.unexpected("a confirm for a message that was not sent")
         }
+        // Before anything else that this thread may read.
+        for id in answers.requests { connection.replies.sent(id) }
         answers.give()
     }
 

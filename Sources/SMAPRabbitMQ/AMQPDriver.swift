@@ -194,13 +194,13 @@ final class AMQPDriver: ConnectionDriver {
     // MARK: The loop
 
     func round(now: MonotonicTime) throws -> Interest {
+        // First of all, also because a publish must not find the receive heartbeat overdue: it would then wait for a
+        // frame without end (rabbitmq-c #780).
+        let isMoreToRead = try readFrames()
         if restoring > 0, now >= restoreLimit {
             throw EventsError(
                 .connectionLost, "what was declared before is not declared again", operation: "connection")
         }
-        // First of all, also because a publish must not find the receive heartbeat overdue: it would then wait for a
-        // frame without end (rabbitmq-c #780).
-        let isMoreToRead = try readFrames()
         for call in connection.takeCalls() { try begin(call) }
         try sendSettlements()
         let publishDelay = try writePublishes()

@@ -71,6 +71,9 @@ final class PackedMessage: Sendable {
 
     var exchangeName: String { text(exchange) }
 
+    /// The correlation id, if a reply is expected.
+    var requestID: String? { replyTo == nil ? nil : correlationID.map(text) }
+
     /// Whether this is the message that a broker returned.
     func matches(exchange name: String, routingKey key: String, messageID id: String?) -> Bool {
         text(exchange) == name && text(routingKey) == key && messageID.map(text) == id

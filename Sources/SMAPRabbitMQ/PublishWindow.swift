@@ -18,6 +18,8 @@ struct PublishWindow {
         var publishes: [(Continuation, Result<Bool, any Error>)] = []
         var admissions: [(CheckedContinuation<Void, any Error>, Result<Void, any Error>)] = []
         var drained: [CheckedContinuation<Void, Never>] = []
+        /// The correlation ids of requests that are in a queue now.
+        var requests: [String] = []
 
         func give() {
             for (continuation, result) in publishes { continuation.resume(with: result) }
@@ -70,7 +72,6 @@ struct PublishWindow {
     }
 
     var hasUnsent: Bool { entries.count > sentCount }
-    var isIdle: Bool { entries.isEmpty }
     /// How many messages are in the window, those being made included.
     var count: Int { messages }
     private var hasRoom: Bool { messages < messageLimit && bytes < byteLimit }
@@ -223,6 +224,9 @@ struct PublishWindow {
             answers.publishes.append((continuation, .failure(error)))
         } else {
             answers.publishes.append((continuation, .success(!entries[position].isReturned)))
+            if !entries[position].isReturned, let id = entries[position].message.requestID {
+                answers.requests.append(id)
+            }
         }
     }
 
@@ -337,7 +341,7 @@ struct PublishWindow {
         return answers
     }
 
-    /// Calls back once nothing is under way any more.
+    /// Calls back once nobody waits any more for what is under way.
     mutating func whenDrained(_ continuation: CheckedContinuation<Void, Never>) -> Answers {
         var answers = Answers()
         drained.append(continuation)
@@ -409,7 +413,7 @@ struct PublishWindow {
     }
 
     private mutating func noteDrained(_ answers: inout Answers) {
-        if isIdle, !drained.isEmpty {
+        if !drained.isEmpty, !entries.contains(where: { $0.continuation != nil }) {
             answers.drained += drained
             drained = []
         }

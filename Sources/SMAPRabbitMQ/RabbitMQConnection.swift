@@ -54,7 +54,8 @@ final class RabbitMQConnection: Sendable {
 
     /// Starts connecting, and goes on trying until it is closed.
     ///
-    /// - Parameter observe: Told of each change of state, on the connection's thread; it must not block.
+    /// - Parameter observe: Told of each change of state, in their order, on whichever thread brings it about; neither it
+    ///   nor the backend of metrics may block.
     init(
         _ configuration: RabbitMQConfiguration, name: String, logger: Logger, topology: DeclaredTopology,
         observe: @escaping @Sendable (ConnectionChange) -> Void = { _ in }
@@ -242,9 +243,9 @@ final class RabbitMQConnection: Sendable {
         return delay
     }
 
-    /// Waits until nothing is unconfirmed or the deadline has passed, then closes the connection.
+    /// Waits until nobody waits for a confirm any more or the deadline has passed, then closes the connection.
     func close(deadline: ContinuousClock.Instant) async {
-        // Not in this task, which may be cancelled: what is unconfirmed belongs to others too.
+        // Not in this task, which may be cancelled: others may wait for what is unconfirmed.
         await Task {
             await withTaskGroup { group in
                 group.addTask { await self.drain() }
@@ -288,7 +289,7 @@ final class RabbitMQConnection: Sendable {
         }
         for entry in waiting { entry.continuation.resume(throwing: error) }
         answer { $0.close(error, unwritten: unwritten) }
-        replies.close(error)
+        replies.connectionLost(error, isFinal: true)
         for call in calls { call.fail(error.code, error.message) }
         for consumer in consumers { consumer.fail(error) }
         // Nobody waits for a connection that is still being made.

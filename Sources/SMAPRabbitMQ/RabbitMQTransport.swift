@@ -82,8 +82,8 @@ public final class RabbitMQTransport: EventTransport, Service {
         }
     }
 
-    /// Waits up to `timeout` for what is unconfirmed, then closes both connections. Every later call throws
-    /// ``SMAPEvents/EventsError/Code/closed``.
+    /// Waits up to `timeout` for confirms that somebody waits for, in a cancelled task too, then closes both connections.
+    /// Every later call throws ``SMAPEvents/EventsError/Code/closed``.
     public func close(timeout: Duration = .seconds(10)) async {
         let deadline = ContinuousClock.now + timeout
         for slot in [

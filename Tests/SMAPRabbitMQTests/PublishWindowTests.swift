@@ -9,25 +9,30 @@ import Testing
 private final class Bench: Sendable {
     let window: Mutex<PublishWindow>
     let results = Mutex<[Int: String]>([:])
+    let requests = Mutex<[String]>([])
 
     init(messages: Int = 100, bytes: Int = 1 << 20) {
         window = Mutex(PublishWindow(messageLimit: messages, byteLimit: bytes))
     }
 
-    static func message(_ id: Int, exchange: String = "x", size: Int = 0) throws -> PackedMessage {
-        try PackedMessage(
+    static func message(
+        _ id: Int, exchange: String = "x", size: Int = 0, isRequest: Bool = false
+    ) throws -> PackedMessage {
+        var properties = MessageProperties(messageID: "m\(id)", correlationID: "c\(id)")
+        if isRequest { properties.replyTo = "asker" }
+        return try PackedMessage(
             OutboundMessage(
-                exchange: exchange, routingKey: "a.b", properties: MessageProperties(messageID: "m\(id)"),
-                body: Array(repeating: 0, count: size)))
+                exchange: exchange, routingKey: "a.b", properties: properties, body: Array(repeating: 0, count: size)))
     }
 
     /// Submits, and returns the task that waits for the answer once the window has it.
     func submit(
-        _ id: Int, exchange: String = "x", size: Int = 0, deadline: MonotonicTime = .distantFuture
+        _ id: Int, exchange: String = "x", size: Int = 0, isRequest: Bool = false,
+        deadline: MonotonicTime = .distantFuture
     ) async throws
         -> Task<Void, Never>
     {
-        let message = try Self.message(id, exchange: exchange, size: size)
+        let message = try Self.message(id, exchange: exchange, size: size, isRequest: isRequest)
         _ = try window.withLock { try $0.tryAdmit() }
         let (submitted, done) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
         let task = Task {
@@ -52,6 +57,7 @@ private final class Bench: Sendable {
     func answer(_ step: (inout PublishWindow) -> PublishWindow.Answers?) -> Bool {
         let answers = window.withLock { step(&$0) }
         answers?.give()
+        if let answers { requests.withLock { $0 += answers.requests } }
         return answers != nil
     }
 
@@ -74,7 +80,7 @@ private final class Bench: Sendable {
         #expect(
             bench.results.withLock { $0 }
                 == [1: "confirmed", 2: "nacked", 3: "confirmed", 4: "confirmed", 5: "confirmed"])
-        #expect(bench.window.withLock { $0.isIdle })
+        #expect(bench.window.withLock { $0.count == 0 })
         #expect(!bench.answer { $0.confirmed(tag: 6, multiple: false, isNack: false) }, "a tag that was never given")
     }
 
@@ -87,6 +93,35 @@ private final class Bench: Sendable {
         _ = bench.answer { $0.confirmed(tag: 2, multiple: true, isNack: false) }
         for task in tasks { await task.value }
         #expect(bench.results.withLock { $0 } == [1: "confirmed", 2: "returned"])
+    }
+
+    @Test func `a closing window waits for callers, not for messages whose callers are gone`() async throws {
+        let bench = Bench()
+        let tasks = [try await bench.submit(1), try await bench.submit(2)]
+        #expect(bench.take() == 2)
+        _ = bench.answer { $0.cancel(1) }
+        let isDrained = Task {
+            await withCheckedContinuation { continuation in
+                bench.window.withLock { $0.whenDrained(continuation) }.give()
+            }
+        }
+        _ = bench.answer { $0.confirmed(tag: 2, multiple: false, isNack: false) }
+        await isDrained.value
+        for task in tasks { await task.value }
+        #expect(bench.results.withLock { $0 } == [1: "cancelled", 2: "confirmed"])
+        #expect(bench.window.withLock { $0.count } == 1, "its place is kept until the broker answers")
+    }
+
+    @Test func `of what is confirmed, the requests that reached a queue are named`() async throws {
+        let bench = Bench()
+        var tasks: [Task<Void, Never>] = []
+        for id in 1...4 { tasks.append(try await bench.submit(id, isRequest: id > 1)) }
+        _ = bench.take()
+        bench.window.withLock { $0.returned(exchange: "x", routingKey: "a.b", messageID: "m3") }
+        _ = bench.answer { $0.confirmed(tag: 3, multiple: true, isNack: false) }
+        _ = bench.answer { $0.confirmed(tag: 4, multiple: false, isNack: true) }
+        for task in tasks { await task.value }
+        #expect(bench.requests.withLock { $0 } == ["c2"])
     }
 
     @Test func `both legs of a dual publish share an id, and only the returned one counts as returned`() async throws {
@@ -142,7 +177,7 @@ private final class Bench: Sendable {
         _ = bench.answer { $0.confirmed(tag: 2, multiple: true, isNack: false) }
         for task in tasks { await task.value }
         #expect(bench.results.withLock { $0 } == [1: "confirmed", 2: "confirmed", 3: "confirmed", 4: "confirmed"])
-        #expect(bench.window.withLock { $0.isIdle && $0.count == 0 }, "all room has been given back, once")
+        #expect(bench.window.withLock { !$0.hasUnsent && $0.count == 0 }, "all room has been given back, once")
     }
 
     @Test func `what may have been written is unknown at its deadline, although it waits to be written again`()
@@ -163,7 +198,7 @@ private final class Bench: Sendable {
         _ = bench.answer { $0.expire(now: due) }
         for task in tasks { await task.value }
         #expect(bench.results.withLock { $0 } == [1: "unknownOutcome", 2: "unsent", 3: "unsent"])
-        #expect(bench.window.withLock { $0.isIdle && $0.count == 0 })
+        #expect(bench.window.withLock { !$0.hasUnsent && $0.count == 0 })
     }
 
     @Test func `a caller that was cancelled or is late is not published again`() async throws {

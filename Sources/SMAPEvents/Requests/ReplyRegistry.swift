@@ -9,7 +9,13 @@ package final class ReplyRegistry: Sendable {
         var isSent = false
     }
 
-    private let waiting = Mutex<[String: Waiting]>([:])
+    private struct State {
+        var waiting: [String: Waiting] = [:]
+        /// Why there will be no connection any more.
+        var end: EventsError?
+    }
+
+    private let state = Mutex(State())
 
     package init() {}
 
@@ -19,22 +25,22 @@ package final class ReplyRegistry: Sendable {
     package func request(
         _ correlationID: String, deadline: ContinuousClock.Instant, publish: @escaping @Sendable () async throws -> Bool
     ) async throws -> InboundDelivery {
-        let isNew = waiting.withLock { waiting in
-            guard waiting[correlationID] == nil else { return false }
-            waiting[correlationID] = Waiting()
+        let isNew = state.withLock { state in
+            guard state.waiting[correlationID] == nil else { return false }
+            state.waiting[correlationID] = Waiting()
             return true
         }
         guard isNew else {
             throw EventsError(
                 .invalidEvent, "a request with this correlation id is under way", operation: "request")
         }
-        defer { waiting.withLock { $0[correlationID] = nil } }
+        defer { state.withLock { $0.waiting[correlationID] = nil } }
         return try await withThrowingTaskGroup(of: InboundDelivery?.self) { group in
             group.addTask { [self] in
                 guard try await publish() else {
                     throw EventsError(.unroutable, "no queue is bound for the request", operation: "request")
                 }
-                waiting.withLock { $0[correlationID]?.isSent = true }
+                sent(correlationID)
                 return nil
             }
             group.addTask { try await self.reply(to: correlationID) }
@@ -53,10 +59,10 @@ package final class ReplyRegistry: Sendable {
     private func reply(to correlationID: String) async throws -> InboundDelivery {
         try await withTaskCancellationHandler {
             try await withCheckedThrowingContinuation { continuation in
-                let result = waiting.withLock { waiting -> Result<InboundDelivery, any Error>? in
+                let result = state.withLock { state -> Result<InboundDelivery, any Error>? in
                     if Task.isCancelled { return .failure(CancellationError()) }
-                    if let reply = waiting[correlationID]?.reply { return reply }
-                    waiting[correlationID]?.continuation = continuation
+                    if let reply = state.waiting[correlationID]?.reply { return reply }
+                    state.waiting[correlationID]?.continuation = continuation
                     return nil
                 }
                 if let result { continuation.resume(with: result) }
@@ -72,24 +78,33 @@ package final class ReplyRegistry: Sendable {
         answer(id, .success(reply))
     }
 
-    /// The connection, or its channel, is gone, and with it the replies to what had been sent. What had not is sent on the
-    /// next.
-    package func connectionLost(_ error: EventsError) {
-        let lost = waiting.withLock { $0.filter { $0.value.isSent }.map(\.key) }
+    /// The broker has a request. Told by whoever reads its confirm, before a loss that comes after it.
+    package func sent(_ correlationID: String) {
+        let end = state.withLock { state in
+            state.waiting[correlationID]?.isSent = true
+            return state.end
+        }
+        if let end { answer(correlationID, .failure(end)) }
+    }
+
+    /// The connection, or its channel, is gone, and with it the replies to what had been sent. What had not ends, or is sent
+    /// again, as any other message is.
+    ///
+    /// - Parameter isFinal: Whether there will be no other connection.
+    package func connectionLost(_ error: EventsError, isFinal: Bool = false) {
+        let lost = state.withLock { state in
+            if isFinal { state.end = state.end ?? error }
+            return state.waiting.filter { $0.value.isSent }.map(\.key)
+        }
         for id in lost { answer(id, .failure(error)) }
     }
 
-    /// There will be no connection any more.
-    package func close(_ error: EventsError) {
-        for id in waiting.withLock({ Array($0.keys) }) { answer(id, .failure(error)) }
-    }
-
     private func answer(_ id: String, _ result: Result<InboundDelivery, any Error>) {
-        let continuation = waiting.withLock { waiting -> CheckedContinuation<InboundDelivery, any Error>? in
-            guard waiting[id]?.reply == nil else { return nil }
-            waiting[id]?.reply = result
-            defer { waiting[id]?.continuation = nil }
-            return waiting[id]?.continuation
+        let continuation = state.withLock { state -> CheckedContinuation<InboundDelivery, any Error>? in
+            guard state.waiting[id]?.reply == nil else { return nil }
+            state.waiting[id]?.reply = result
+            defer { state.waiting[id]?.continuation = nil }
+            return state.waiting[id]?.continuation
         }
         continuation?.resume(with: result)
     }
