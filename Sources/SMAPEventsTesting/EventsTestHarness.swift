@@ -75,7 +75,7 @@ public struct EventsTestHarness: Sendable {
 
     /// Returns once a queue is empty and everything that was delivered from it is settled.
     /// Throws ``SMAPEvents/EventsError/Code/deadlineExceeded`` after `timeout`.
-    public func settled(_ queue: QueueName, timeout: Duration = .seconds(5)) async throws {
+    public func settled(_ queue: QueueName, timeout: Duration = .seconds(30)) async throws {
         let deadline = ContinuousClock.now + timeout
         while !broker.isSettled(queue) {
             guard ContinuousClock.now < deadline else {

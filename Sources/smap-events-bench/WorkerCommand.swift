@@ -40,7 +40,7 @@ struct WorkerCommand: AsyncParsableCommand {
                 rungs: [.milliseconds(50), .milliseconds(250)]))
         subscription.handlerDeadline = .seconds(1)
         // A lease lasts as long as both together: what was killed inside its handler waits for that.
-        subscription.deadline = .seconds(2)
+        subscription.deadline = .seconds(10)
         return subscription
     }
 

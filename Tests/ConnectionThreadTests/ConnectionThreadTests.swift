@@ -82,7 +82,7 @@ private func withPair(
     Socket.close(ends[1])
 }
 
-private func eventually(within limit: Duration = .seconds(5), _ condition: () -> Bool) async -> Bool {
+private func eventually(within limit: Duration = .seconds(60), _ condition: () -> Bool) async -> Bool {
     let end = ContinuousClock.now + limit
     while ContinuousClock.now < end {
         if condition() { return true }

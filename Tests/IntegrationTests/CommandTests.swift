@@ -29,7 +29,7 @@ import Testing
         #expect(rejected.contains { ($0["error"] as? String)?.contains("user_id") == true })
 
         let heard = try await Program.events(
-            ["listen", "--queue", queue, "--bind", "t\(word).#", "--count", "2", "--timeout", "20"],
+            ["listen", "--queue", queue, "--bind", "t\(word).#", "--count", "2", "--timeout", "100"],
             environment: environment)
         #expect(heard.status == 0, "\(heard.error)")
         let one = try #require(heard.lines.first { $0["routing_key"] as? String == "t\(word).one" })
@@ -54,9 +54,9 @@ import Testing
             echo '{"routing_key":"nobody.listens","data":{}}' >&9
             exec "$0" publish --stdin <"$1/lines" >"$1/reports"
             """
+        let environment = try await SharedStack.current.environment
         async let run = Program.run(
-            "sh", ["-c", script, try Program.command, folder.path],
-            environment: try await SharedStack.current.environment, processFile: processFile)
+            "sh", ["-c", script, try Program.command, folder.path], environment: environment, processFile: processFile)
         try await eventually("the event is reported") {
             (try? String(contentsOfFile: output, encoding: .utf8).contains("returned")) == true
         }
@@ -137,7 +137,7 @@ import Testing
         }
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `servers of a process that is killed are stopped all the same`() async throws {
         // The command prints the servers' ports and is then killed by itself, with no chance to clean up.
         let script = """
@@ -159,34 +159,34 @@ import Testing
         #expect(!isUp)
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `local runs a command with the servers' addresses, and exits with its exit code`() async throws {
         let result = try await Program.events(["local", "--", "sh", "-c", "echo $RABBITMQ_URL $REDIS_PORT; exit 7"])
         #expect(result.status == 7)
         #expect(result.output.contains("amqp://guest:guest@127.0.0.1:"))
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `health tells of each server, also while the other is away`() async throws {
         struct Report: Decodable {
             var rabbitmq: [String]
             var redis: [String]
         }
         var environment = try await SharedStack.current.environment
-        func health() async throws -> Report {
-            let result = try await Program.events(["health", "--deadline", "2"], environment: environment)
+        func health(deadline: Int) async throws -> Report {
+            let result = try await Program.events(["health", "--deadline", "\(deadline)"], environment: environment)
             return try JSONDecoder().decode(Report.self, from: Data(result.output.utf8))
         }
         environment["RABBITMQ_URL"] = "amqp://guest:guest@127.0.0.1:1"
-        var report = try await health()
+        var report = try await health(deadline: 2)
         #expect(report.rabbitmq.count == 1 && report.redis.isEmpty, "\(report)")
         environment = try await SharedStack.current.environment
         environment["REDIS_URL"] = "redis://127.0.0.1:1"
-        report = try await health()
+        report = try await health(deadline: 30)
         #expect(report.redis.count == 1 && !report.rabbitmq.contains { $0.contains("deadline") }, "\(report)")
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `track exits with 1 when an item was not counted, and names what is there instead`() async throws {
         let environment = try await SharedStack.current.environment
         let project = "exits_\(EventID())"
@@ -204,7 +204,7 @@ import Testing
         #expect(last.status == 0 && last.output.contains("\"sealed\":true") && last.output.contains("finished"))
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `local leads to its own servers, whatever the environment says of others`() async throws {
         let others = [
             "REDIS_URL": "rediss://u:p@192.0.2.1", "REDIS_SENTINELS": "192.0.2.1", "REDIS_TLS": "true",

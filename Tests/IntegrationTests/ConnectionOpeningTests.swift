@@ -8,7 +8,7 @@ import Testing
 @Suite struct ConnectionOpeningTests {
     /// Whoever finds the connection not yet open is told when it is. A call that comes between the two, on whichever
     /// thread, would otherwise wait for its deadline beside an open connection.
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `a call that comes in the very moment in which the connection opens goes through`() async throws {
         let executor = SteppingExecutor()
         let late = Locked<Task<QueueStatus, any Error>?>(nil)

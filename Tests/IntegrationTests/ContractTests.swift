@@ -23,7 +23,7 @@ import Testing
     }
 
     /// The seed of a failure is in its message; `TRACKER_SEED` runs that sequence alone.
-    @Test(.timeLimit(.minutes(5)))
+    @Test(.timeLimit(.minutes(10)))
     func `ten thousand random sequences of operations end as the model says, in Redis`() async throws {
         let store = try await SharedStack.store()
         let steps = 15

@@ -23,7 +23,7 @@ import Testing
     private static let points = ["before-script", "after-script", "decided", "unpublished", "published", "confirmed"]
 
     /// Servers of its own: its workers' finish lines sweep whatever there is.
-    @Test(.timeLimit(.minutes(5)))
+    @Test(.timeLimit(.minutes(10)))
     func `workers killed at every point and at random count each item once, and each project has one finish event`()
         async throws
     {

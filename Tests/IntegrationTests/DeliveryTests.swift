@@ -6,7 +6,7 @@ import SMAPRedis
 import Testing
 
 /// SCENARIOS, part B: what deliveries live through, with processes that are killed.
-@Suite(.serialized, .timeLimit(.minutes(4))) struct DeliveryTests {
+@Suite(.serialized, .timeLimit(.minutes(10))) struct DeliveryTests {
     private func publisher(_ transport: any EventTransport) -> EventPublisher {
         EventPublisher(transport: transport, configuration: PublisherConfiguration(service: "test"))
     }

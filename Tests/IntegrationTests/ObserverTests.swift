@@ -4,7 +4,7 @@ import Subprocess
 import Testing
 
 @Suite struct ObserverTests {
-    @Test(.timeLimit(.minutes(3)))
+    @Test(.timeLimit(.minutes(10)))
     func `an observer in Python sees what the demo says`() async throws {
         // Servers of their own: the observer counts everything on the exchange.
         try await LocalStack.withStack { stack in

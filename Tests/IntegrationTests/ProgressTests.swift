@@ -24,7 +24,7 @@ final class Ledger: EventPublishing {
 }
 
 /// The tracker beside siblings, and what looks at all projects: each test in a Redis database of its own.
-@Suite(.timeLimit(.minutes(2))) struct ProgressTests {
+@Suite(.timeLimit(.minutes(10))) struct ProgressTests {
     private func withStore(
         _ database: Int,
         _ body: (RedisProgressStore, _ redis: @Sendable (String...) async throws -> String) async throws
@@ -319,7 +319,7 @@ final class Ledger: EventPublishing {
     @Test func `a project lives on while it is updated, and goes with its family when it is idle`() async throws {
         let port = try await SharedStack.current.redisPort
         var configuration = RedisConfiguration(host: "127.0.0.1", port: port, database: 10)
-        configuration.timeToLive = .seconds(2)
+        configuration.timeToLive = .seconds(6)
         try await RedisProgressStore.withStore(configuration: configuration) { store in
             let tracker = ProgressTracker(store: store)
             let project = try ProjectID("idle")
@@ -328,7 +328,7 @@ final class Ledger: EventPublishing {
             let start = ContinuousClock.now
             var index = 0
             // Longer than it would live if it were left alone.
-            while ContinuousClock.now - start < .seconds(4) {
+            while ContinuousClock.now - start < .seconds(9) {
                 try await tracker.advance(project, item: .index(index), outcome: index == 0 ? .failure : .success)
                 index += 1
                 try await Task.sleep(for: .milliseconds(20))

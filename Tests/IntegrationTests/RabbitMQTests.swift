@@ -75,17 +75,18 @@ import Testing
         // A listener that accepts and never speaks.
         try await SilentServer.withServer { port in
             let transport = try RabbitMQTransport(configuration: RabbitMQConfiguration(host: "127.0.0.1", port: port))
-            let start = ContinuousClock.now
-            let error = await #expect(throws: EventsError.self) {
-                try await publisher(transport).publish(mail, options: PublishOptions(deadline: .seconds(1)))
+            let late = await overrun(.seconds(1)) {
+                let error = await #expect(throws: EventsError.self) {
+                    try await publisher(transport).publish(mail, options: PublishOptions(deadline: .seconds(1)))
+                }
+                #expect(error?.publishOutcome == .unsent)
             }
-            #expect(error?.publishOutcome == .unsent)
-            #expect(.now - start < .seconds(2))
+            #expect(late < .seconds(1))
             await transport.close(timeout: .zero)
         }
     }
 
-    @Test(.timeLimit(.minutes(2)))
+    @Test(.timeLimit(.minutes(10)))
     func `while the broker is stopped every publish ends by its deadline, large and small`() async throws {
         var options = LocalStack.Options()
         options.redis = false
@@ -112,15 +113,17 @@ import Testing
                                 routingKey: "own.event",
                                 data: Array(#"{"t":"\#(String(repeating: "x", count: size))"}"#.utf8))
                             while ContinuousClock.now < end {
-                                let start = ContinuousClock.now
-                                do {
-                                    try await publisher.publish(event, options: PublishOptions(deadline: .seconds(1)))
-                                } catch let error as EventsError {
-                                    last = error.publishOutcome
-                                } catch {
-                                    Issue.record(error)
+                                let late = await overrun(.seconds(1)) {
+                                    do {
+                                        try await publisher.publish(
+                                            event, options: PublishOptions(deadline: .seconds(1)))
+                                    } catch let error as EventsError {
+                                        last = error.publishOutcome
+                                    } catch {
+                                        Issue.record(error)
+                                    }
                                 }
-                                longest = max(longest, .now - start)
+                                longest = max(longest, late)
                             }
                             return (last, longest)
                         }
@@ -128,7 +131,7 @@ import Testing
                 }
                 for await (last, longest) in group {
                     endings[last, default: 0] += 1
-                    #expect(longest < .seconds(2), "a call took \(longest)")
+                    #expect(longest < .seconds(1), "a call overran its deadline by \(longest)")
                 }
             }
             #expect(endings[.confirmed] == nil, "\(endings): the broker was stopped")
@@ -137,7 +140,7 @@ import Testing
         }
     }
 
-    @Test(.timeLimit(.minutes(2)))
+    @Test(.timeLimit(.minutes(10)))
     func `when the broker is killed every publish ends once, and nothing confirmed is lost to the caller`() async throws
     {
         var options = LocalStack.Options()
@@ -169,7 +172,7 @@ import Testing
         }
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `a request whose reply can no longer come ends, long before its deadline`() async throws {
         let queue: QueueName = "test.unanswered"
         let observer = try await SharedStack.transport()

@@ -12,7 +12,7 @@ import Testing
         return result.output.trimmingCharacters(in: .whitespacesAndNewlines)
     }
 
-    @Test(.timeLimit(.minutes(3)))
+    @Test(.timeLimit(.minutes(10)))
     func `a hundred workers race for the last item, a thousand rounds, and each has one finish`() async throws {
         let store = try await SharedStack.store()
         let tracker = ProgressTracker(store: store)
@@ -190,7 +190,7 @@ import Testing
         await store.close()
     }
 
-    @Test(.timeLimit(.minutes(2)))
+    @Test(.timeLimit(.minutes(10)))
     func `a million indexed items are remembered in little memory, each counts once, and the last one finishes`()
         async throws
     {
@@ -245,7 +245,7 @@ import Testing
         await store.close()
     }
 
-    @Test(.timeLimit(.minutes(1)))
+    @Test(.timeLimit(.minutes(10)))
     func `when Redis is stopped every call ends by its deadline, and when it is back the store works again`()
         async throws
     {
@@ -254,17 +254,19 @@ import Testing
         try await LocalStack.withStack(options) { stack in
             let store = try RedisProgressStore(
                 configuration: RedisConfiguration(host: "127.0.0.1", port: stack.redisPort))
-            let tracker = ProgressTracker(store: store, deadline: .seconds(1))
+            let tracker = ProgressTracker(store: store)
             let project = try ProjectID("stopped")
             try await tracker.start(project)
             let redis = try #require(stack.processIDs.first)
             #expect(kill(redis, SIGSTOP) == 0)
-            let start = ContinuousClock.now
-            let error = await #expect(throws: EventsError.self) {
-                try await tracker.advance(project, item: .index(0), outcome: .success)
+            let late = await overrun(.seconds(1)) {
+                let error = await #expect(throws: EventsError.self) {
+                    try await ProgressTracker(store: store, deadline: .seconds(1))
+                        .advance(project, item: .index(0), outcome: .success)
+                }
+                #expect(error?.code == .deadlineExceeded)
             }
-            #expect(error?.code == .deadlineExceeded)
-            #expect(.now - start < .seconds(2))
+            #expect(late < .seconds(1))
             kill(redis, SIGCONT)
             // It had been carried out, or it is now: repeated, it counts once.
             let verdict = try await tracker.advance(project, item: .index(0), outcome: .success).verdict

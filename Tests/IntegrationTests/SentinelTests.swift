@@ -77,7 +77,7 @@ func sentinel(_ port: String, of master: Int, _ settings: [String] = []) async t
         }
     }
 
-    @Test(.timeLimit(.minutes(3)), arguments: [false, true])
+    @Test(.timeLimit(.minutes(10)), arguments: [false, true])
     func `a failover goes by, and what replication lost is counted when the items come again`(
         isSilent: Bool
     )

@@ -7,7 +7,12 @@ import SMAPRedis
 
 /// One private RabbitMQ and Redis for all tests of a run that leave them standing. They end with this process.
 enum SharedStack {
-    private static let stack = Task { try await LocalStack.start() }
+    private static let stack = Task {
+        var options = LocalStack.Options()
+        // A dozen others may be starting.
+        options.deadline = .seconds(300)
+        return try await LocalStack.start(options)
+    }
 
     static var current: LocalStack {
         get async throws { try await stack.value }

@@ -7,7 +7,7 @@ import Testing
 @testable import SMAPEventsTesting
 
 /// SCENARIOS 14: encrypted connections, to real servers and to those that are wrong in one way each.
-@Suite(.timeLimit(.minutes(2))) struct TLSTests {
+@Suite(.timeLimit(.minutes(10))) struct TLSTests {
     struct Ping: SMAPEvent { static let routingKey: RoutingKey = "tls.ping" }
 
     /// An authority, and certificates of every kind, in a temporary folder.

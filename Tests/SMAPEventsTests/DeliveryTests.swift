@@ -6,7 +6,7 @@ import Testing
 private let queue: QueueName = "test.deliveries"
 
 /// What becomes of deliveries whose handlers fail, in memory and with time that passes by hand.
-@Suite(.timeLimit(.minutes(1))) struct DeliveryTests {
+@Suite(.timeLimit(.minutes(5))) struct DeliveryTests {
     struct Failure: Error {}
 
     struct Numbered: SMAPEvent {

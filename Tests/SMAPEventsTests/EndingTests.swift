@@ -9,7 +9,7 @@ import Testing
 private let queue: QueueName = "test.ending"
 
 /// How subscriptions and watches end when their end comes at a bad moment.
-@Suite(.timeLimit(.minutes(1))) struct EndingTests {
+@Suite(.timeLimit(.minutes(5))) struct EndingTests {
     /// Opened once; until then whoever comes waits, cancelled or not.
     private final class Gate: Sendable {
         private let state = Mutex<(isOpen: Bool, waiting: [CheckedContinuation<Void, Never>])>((false, []))

@@ -32,7 +32,7 @@ public enum TransportContract {
         let transport: any EventTransport
         let unique = EventID().rawValue.suffix(12)
 
-        var deadline: ContinuousClock.Instant { .now + .seconds(20) }
+        var deadline: ContinuousClock.Instant { .now + .seconds(60) }
 
         func queue(_ name: String = "q") throws -> QueueName { try QueueName("contract.\(unique).\(name)") }
 

@@ -20,7 +20,7 @@ def watch(exchange, kind, key, seen, ready, stop):
     queue = channel.queue_declare("", exclusive=True).method.queue
     channel.queue_bind(queue, exchange, key)
     ready.set()
-    for method, properties, body in channel.consume(queue, auto_ack=True, inactivity_timeout=0.2):
+    for method, properties, body in channel.consume(queue, auto_ack=True, inactivity_timeout=1):
         if method is not None:
             seen.append((method.routing_key, properties, body))
         elif stop.is_set():
