@@ -16,8 +16,8 @@ final class RedisClient: Sendable {
     private let configuration: RedisConfiguration
     private let onMessage: (@Sendable (String) -> Void)?
     private let slot = Mutex(Slot.idle)
-    /// The hashes under which the server knows the scripts, by their texts; it tells them when they are loaded.
-    private let hashes = Mutex<[String: String]>([:])
+    /// The hashes under which the server knows the scripts; it tells them when they are loaded.
+    private let hashes = Mutex<[ObjectIdentifier: String]>([:])
 
     /// Throws `invalidConfiguration`.
     /// - Parameter onMessage: Told of the channel of each message that comes by subscription; nothing else is to be sent
@@ -99,26 +99,26 @@ final class RedisClient: Sendable {
     /// Runs a script by its hash; by its text where the server does not know it (any more).
     /// - Parameter isUpdate: Whether replicas are to have it, where the configuration asks for some.
     func run(
-        _ script: String, keys: [String], _ arguments: [String], _ operation: String, isUpdate: Bool = false,
+        _ script: RedisScript, keys: [String], _ arguments: [String], _ operation: String, isUpdate: Bool = false,
         _ deadline: ContinuousClock.Instant
     ) async throws -> RedisPipeline.Answer {
         let tail = [String(keys.count)] + keys + arguments
         let hash: String
-        if let known = hashes.withLock({ $0[script] }) {
+        if let known = hashes.withLock({ $0[ObjectIdentifier(script)] }) {
             hash = known
         } else {
-            let reply = try await command(["SCRIPT", "LOAD", script], operation, deadline)
+            let reply = try await command(["SCRIPT", "LOAD", script.text], operation, deadline)
             guard let loaded = reply.text else {
                 throw EventsError(.protocolViolation, "an unexpected reply", operation: operation)
             }
-            hashes.withLock { $0[script] = loaded }
+            hashes.withLock { $0[ObjectIdentifier(script)] = loaded }
             hash = loaded
         }
         let awaitsReplicas = isUpdate && configuration.replicas > 0
         var answer = try await send(["EVALSHA", hash] + tail, operation, awaitsReplicas, deadline)
         // Nothing was run: the cache is empty after a restart, a failover or SCRIPT FLUSH. EVAL fills it again.
         if case .error(let text) = answer.reply, text.hasPrefix("NOSCRIPT") {
-            answer = try await send(["EVAL", script] + tail, operation, awaitsReplicas, deadline)
+            answer = try await send(["EVAL", script.text] + tail, operation, awaitsReplicas, deadline)
         }
         try check(answer.reply, operation)
         return answer

@@ -8,20 +8,22 @@ struct RedisCommand: Sendable {
 
     init(_ arguments: [String], awaitsReplicas: Bool = false) {
         self.awaitsReplicas = awaitsReplicas
-        var block: [CChar] = []
+        var block: [UInt8] = []
         var lengths: [Int] = []
         lengths.reserveCapacity(arguments.count)
         block.reserveCapacity(arguments.reduce(0) { $0 + $1.utf8.count })
         for argument in arguments {
-            block.append(contentsOf: argument.utf8.lazy.map { CChar(bitPattern: $0) })
+            block.append(contentsOf: argument.utf8)
             lengths.append(argument.utf8.count)
         }
-        bytes = block.withUnsafeBufferPointer { block in
-            // Sound: the pointers lead into `block`, which outlives the call; hiredis reads `lengths` bytes from each.
+        bytes = block.withUnsafeBytes { block in
+            // Sound: the pointers lead into `block`, which outlives the call; hiredis reads `lengths` bytes from each, as
+            // the C characters that they are to it.
+            let base = block.baseAddress?.assumingMemoryBound(to: CChar.self)
             var offset = 0
             var pointers: [UnsafePointer<CChar>?] = lengths.map { length in
                 defer { offset += length }
-                return block.baseAddress.map { $0 + offset }
+                return base.map { $0 + offset }
             }
             var target: UnsafeMutablePointer<CChar>?
             // The result's type differs between hiredis versions.

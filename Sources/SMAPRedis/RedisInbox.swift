@@ -54,18 +54,20 @@ public final class RedisInbox: Inbox {
 
     /// -1: granted. -2: done. Otherwise how many milliseconds the lease still lasts. A claim that is repeated because its
     /// answer was lost finds its own lease, and waits for that.
-    private static let claimScript = """
+    private static let claimScript = RedisScript(
+        """
         #!lua
         if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return -1 end
         if redis.call('GET', KEYS[1]) == 'done' then return -2 end
         return math.max(redis.call('PTTL', KEYS[1]), 0)
-        """
+        """)
 
-    private static let releaseScript = """
+    private static let releaseScript = RedisScript(
+        """
         #!lua flags=allow-oom
         if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
         return 0
-        """
+        """)
 
     private static func key(_ entry: InboxEntry) -> String { "smap:inbox:\(entry.scope):\(entry.id)" }
 
