@@ -165,7 +165,7 @@ public final class RedisProgressStore: ProgressStore {
         _ deadline: ContinuousClock.Instant
     ) async throws -> ProjectProgress? {
         let answer = try await client(for: project, clients).run(
-            TrackerScript.progress.script, keys: keys(project), [timeToLive, layout.rawValue], "progress \(project)",
+            TrackerScript.progress.lua, keys: keys(project), [timeToLive, layout.rawValue], "progress \(project)",
             deadline)
         let update = try update(from: answer, .progress, project)
         switch update.verdict {
@@ -314,7 +314,7 @@ public final class RedisProgressStore: ProgressStore {
         isUpdate: Bool = false, _ deadline: ContinuousClock.Instant
     ) async throws -> RedisPipeline.Answer {
         try await Self.client(for: project, clients).run(
-            script.script, keys: Self.keys(project),
+            script.lua, keys: Self.keys(project),
             [timeToLive, (layout ?? assumedLayout).rawValue] + arguments, "\(script.name) \(project)",
             isUpdate: isUpdate, deadline)
     }

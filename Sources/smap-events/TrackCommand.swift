@@ -279,10 +279,10 @@ struct TrackCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Find what is wrong with a project or with all, and mend what is safe.",
             discussion: """
-                Prints a JSON line for the project, or with --all for each where something was found: its findings, and which of them were mended \
-                (with --dry-run: would be). pastTheLine (sealed, settled and not finished) is finished, noTimeToLive and itemsWithoutProject get a time to \
-                live; finishPending is for a running finish line to publish; memoryLost, corrupt and stuck are for people. \
-                Exits with 1 if anything is left for people.
+                Prints a JSON line for the project, or with --all for each where something was found: its findings, and \
+                which of them were mended (with --dry-run: would be). pastTheLine (sealed, settled and not finished) is \
+                finished, noTimeToLive and itemsWithoutProject get a time to live; finishPending is for a running finish \
+                line to publish; memoryLost, corrupt and stuck are for people. Exits with 1 if anything is left for people.
                 """)
         @Argument(help: "The project's id.") var id: String?
         @Flag(help: "All projects.") var all = false

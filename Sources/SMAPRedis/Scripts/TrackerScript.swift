@@ -5,13 +5,13 @@
 /// rollback. They begin with `#!lua`, so that they are refused as a whole when memory is out (Redis 7).
 package struct TrackerScript: Sendable {
     package let name: String
-    let script: RedisScript
-    package var source: String { script.text }
+    let lua: RedisScript
+    package var source: String { lua.text }
 
     /// - Parameter flags: `no-writes` for what only reads, `allow-oom` for what gives memory back.
     init(_ name: String, flags: String = "", _ body: String) {
         self.name = name
-        script = RedisScript("#!lua\(flags.isEmpty ? "" : " flags=\(flags)")\n" + Self.prelude + body)
+        lua = RedisScript("#!lua\(flags.isEmpty ? "" : " flags=\(flags)")\n" + Self.prelude + body)
     }
 
     /// What every script needs: the fields of the hash, checked, and the answer.
