@@ -15,7 +15,7 @@ import Testing
         let opening = Locked<(@Sendable () -> Void)?>(nil)
         let transport = try await SharedStack.transport(
             logger: Logger(label: "test") { _ in
-                HookLogHandler { if $0 == "connected" { opening.withLock { $0 }?() } }
+                HookLogHandler { if "\($0.message)" == "connected" { opening.withLock { $0 }?() } }
             })
         opening.withLock {
             $0 = {
@@ -61,20 +61,4 @@ private final class SteppingExecutor: TaskExecutor {
             DispatchQueue.global().async { job.runSynchronously(on: self.asUnownedTaskExecutor()) }
         }
     }
-}
-
-/// Does something at each message, on the thread that logs it.
-struct HookLogHandler: LogHandler {
-    let hook: @Sendable (String) -> Void
-    var logLevel = Logger.Level.info
-    var metadata: Logger.Metadata = [:]
-
-    init(hook: @escaping @Sendable (String) -> Void) { self.hook = hook }
-
-    subscript(metadataKey key: String) -> Logger.Metadata.Value? {
-        get { metadata[key] }
-        set { metadata[key] = newValue }
-    }
-
-    func log(event: LogEvent) { hook("\(event.message)") }
 }

@@ -110,9 +110,9 @@ import Testing
         try await FaultProxy.withProxy(to: try await SharedStack.current.rabbitMQPort) { proxy in
             let connections = Locked(0)
             let logger = Logger(label: "test") { _ in
-                HookLogHandler { message in
+                HookLogHandler { event in
                     // The second time, before its first declaration is answered: from here on none is.
-                    guard message == "connected",
+                    guard "\(event.message)" == "connected",
                         connections.withLock({
                             $0 += 1; return $0
                         }) == 2
@@ -331,8 +331,8 @@ import Testing
             }
             #expect(seen == Set(0..<count))
             let interruptions = result.error.split(separator: "\n").count { $0.contains("interrupted") }
-            // One that is closed before it consumes is not worth a line, and a slow machine has more of those.
-            #expect(interruptions >= 1, "the connections were closed: \(result.error)")
+            // One that is closed before it consumes is not worth a line.
+            #expect(interruptions >= 5, "the connections were closed: \(result.error)")
         }
     }
 
@@ -383,7 +383,7 @@ import Testing
             try await tasks.waitForAll()
             return ContinuousClock.now - start
         }
-        #expect(end < .seconds(12), "it took \(end)")
+        #expect(end < .seconds(10), "it took \(end)")
         #expect(finished.withLock { $0 } == 60)
         try await eventually("the rest is back in the queue") {
             try await transport.status(of: "fault.shutdown", deadline: .now + .seconds(30)).messages == 80
@@ -405,7 +405,12 @@ import Testing
             try await stack.rabbitMQControl("set_permissions", user, configure, write, read)
         }
         let logs = Locked<[String]>([])
-        let logger = Logger(label: "test") { _ in CollectingLogHandler(lines: logs) }
+        let logger = Logger(label: "test") { _ in
+            HookLogHandler(logLevel: .trace) { event in
+                let line = "\(event.message) \(event.metadata ?? [:])"
+                logs.withLock { $0.append(line) }
+            }
+        }
         var configuration = try RabbitMQConfiguration(url: stack.rabbitMQURL)
         configuration.username = user
         configuration.password = password
@@ -457,24 +462,5 @@ import Testing
         let lines = logs.withLock { $0 }
         #expect(!lines.isEmpty)
         #expect(!lines.contains { $0.contains(password) })
-    }
-}
-
-/// Keeps what is logged, metadata included.
-struct CollectingLogHandler: LogHandler {
-    let lines: Locked<[String]>
-    var logLevel = Logger.Level.trace
-    var metadata: Logger.Metadata = [:]
-
-    init(lines: Locked<[String]>) { self.lines = lines }
-
-    subscript(metadataKey key: String) -> Logger.Metadata.Value? {
-        get { metadata[key] }
-        set { metadata[key] = newValue }
-    }
-
-    func log(event: LogEvent) {
-        let line = "\(event.message) \(event.metadata ?? [:])"
-        lines.withLock { $0.append(line) }
     }
 }
