@@ -6,9 +6,9 @@ public enum MigrationPhase: Int, Sendable, CaseIterable {
     case prepare = 1
     /// Publish to both; legacy consumers act, new ones shadow.
     case dual = 2
-    /// Publish to both; new consumers act, legacy ones retire one by one.
+    /// Publish to both; new consumers act, legacy ones retire one by one. Not supported yet: see `Migration/README.md`.
     case consumers = 3
-    /// Publish to the topic exchange only.
+    /// Publish to the topic exchange only. Not supported yet for mails: see `Migration/README.md`.
     case cleanup = 4
 
     /// Whether events go to `smap.events`.
