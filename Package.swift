@@ -55,7 +55,7 @@ let package = Package(
         // What Swift's Glibc module does not show of Linux; empty elsewhere.
         .systemLibrary(name: "CConnectionThread"),
 
-        .target(name: "ConnectionThread", dependencies: ["CConnectionThread"], swiftSettings: settings),
+        .target(name: "ConnectionThread", dependencies: ["CConnectionThread", "COpenSSL"], swiftSettings: settings),
         .target(
             name: "SMAPEvents",
             dependencies: [configuration, deque, lifecycle, logging, metrics, tracing],
@@ -64,14 +64,13 @@ let package = Package(
         .target(
             name: "SMAPRabbitMQ",
             dependencies: [
-                "SMAPEvents", "ConnectionThread", "CRabbitMQ", "COpenSSL", configuration, deque, lifecycle, logging,
-                metrics,
+                "SMAPEvents", "ConnectionThread", "CRabbitMQ", configuration, deque, lifecycle, logging, metrics,
             ],
             swiftSettings: settings
         ),
         .target(
             name: "SMAPRedis",
-            dependencies: ["SMAPEvents", "ConnectionThread", "CHiredis", "COpenSSL", configuration, deque, logging],
+            dependencies: ["SMAPEvents", "ConnectionThread", "CHiredis", configuration, deque, logging],
             swiftSettings: settings
         ),
         .target(

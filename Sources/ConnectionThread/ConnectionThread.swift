@@ -9,7 +9,7 @@ internal import Darwin
 #endif
 
 /// What a connection thread waits for before its next round.
-package struct Interest: Sendable {
+package struct PollInterest: Sendable {
     /// Come round when the socket takes bytes again, not only when it has some.
     package var writable: Bool
     /// Come round at this time at the latest: a heartbeat, a timer.
@@ -31,18 +31,21 @@ package protocol ConnectionDriver: AnyObject {
     /// The socket to poll.
     var descriptor: Int32 { get }
 
-    /// Takes what callers have left, acts on it, and reads until the socket is silent. An error ends the thread.
-    func round(now: MonotonicTime) throws -> Interest
+    /// Takes what callers have left, acts on it, and reads what has come. An error ends the connection.
+    ///
+    /// - Parameter isReadable: Whether the socket has bytes to read, or has ended.
+    func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest
 
-    /// The last call on the thread: says goodbye (if `error` is nil), frees what is held, and answers whoever waits.
+    /// The last call on the thread: ends the connection, orderly if `error` is nil, frees what is held, and answers the
+    /// callers that wait.
     func finish(_ error: (any Error)?)
 }
 
-/// One operating system thread that owns one C connection; nothing else ever touches its handle.
+/// One operating system thread that owns one connection; nothing else ever touches its socket.
 ///
-/// Its loop: round (mailbox, act, read frames until there are none, timers), then `poll(socket, eventfd)`. Callers leave
-/// work where the driver finds it and call ``wake()``. The stack is 16 MiB, because librabbitmq recurses over nested
-/// header tables and a frame has room for 18,000 levels.
+/// Its loop: round (mailbox, act, read, write, timers), then `poll(socket, eventfd)`. Callers leave work where the driver
+/// finds it and call ``wake()``. The stack is 16 MiB, because librabbitmq recurses over nested header tables: about 114
+/// bytes a level, of which a frame of 512 KiB has room for 87,000.
 ///
 /// The ``Watchdog`` ends a round that takes longer than the stall limit: it shuts the socket down through a duplicate
 /// of the descriptor (the C library may close the original, and the number may be used again by then), which makes
@@ -50,12 +53,9 @@ package protocol ConnectionDriver: AnyObject {
 package final class ConnectionThread: WatchdogTarget {
     package static let stackSize = 16 << 20
 
-    private struct Lifecycle {
-        var isFinished = false
-        var waiting: [CheckedContinuation<Void, Never>] = []
-    }
-
     private let wakeup: Wakeup
+    /// Signalled once, by ``stop()``, and never drained: it ends whatever opening a connection waits for.
+    package let interrupt: Wakeup
     private let stallLimit: Duration
     private let checkCalls: @Sendable (MonotonicTime) -> MonotonicTime?
     private let onStall: @Sendable () -> Void
@@ -65,7 +65,6 @@ package final class ConnectionThread: WatchdogTarget {
     private let roundEnds = Atomic<UInt64>(UInt64.max)
     private let hasComeRound = Atomic<Bool>(false)
     private let socketCopy = Mutex<Int32>(-1)
-    private let lifecycle = Mutex(Lifecycle())
 
     /// - Parameters:
     ///   - stallLimit: How long the thread may stay away in one round before its socket is shut down.
@@ -77,6 +76,7 @@ package final class ConnectionThread: WatchdogTarget {
         onStall: @escaping @Sendable () -> Void = {}
     ) throws {
         self.wakeup = try Wakeup()
+        self.interrupt = try Wakeup()
         self.stallLimit = stallLimit
         self.checkCalls = checkCalls
         self.onStall = onStall
@@ -88,12 +88,14 @@ package final class ConnectionThread: WatchdogTarget {
     ///   - failed: Told when `open` throws.
     ///   - retryDelay: Asked after each failure, of `open` or of a round: how long to wait before opening again. Nil ends
     ///     the thread, which is the default.
+    ///   - ended: Told last of all, when the thread has given up everything it had.
     package func start(
         name: String,
         openLimit: Duration,
         open: @escaping @Sendable (ConnectionThread) throws -> any ConnectionDriver,
         failed: @escaping @Sendable (any Error) -> Void,
-        retryDelay: @escaping @Sendable (any Error) -> Duration? = { _ in nil }
+        retryDelay: @escaping @Sendable (any Error) -> Duration? = { _ in nil },
+        ended: @escaping @Sendable () -> Void
     ) throws {
         try Watchdog.shared.add(self)
         do {
@@ -101,7 +103,8 @@ package final class ConnectionThread: WatchdogTarget {
                 while let failure = serve(openLimit: openLimit, open: open, failed: failed),
                     let delay = retryDelay(failure), pause(delay)
                 {}
-                end()
+                Watchdog.shared.remove(self)
+                ended()
             }
         } catch {
             Watchdog.shared.remove(self)
@@ -114,26 +117,17 @@ package final class ConnectionThread: WatchdogTarget {
         if !isSignalled.exchange(true, ordering: .acquiringAndReleasing) { wakeup.signal() }
     }
 
-    /// Asks the thread to end after its current round. ``join()`` waits for that.
+    /// Asks the thread to end after its current round, or at once while it opens a connection.
     package func stop() {
         isStopping.store(true, ordering: .sequentiallyConsistent)
+        interrupt.signal()
         wake()
     }
 
-    /// Returns when the thread has ended. Bounded by the watchdog, hence not cancellable.
-    package func join() async {
-        await withCheckedContinuation { continuation in
-            let finished = lifecycle.withLock { state in
-                if !state.isFinished { state.waiting.append(continuation) }
-                return state.isFinished
-            }
-            if finished { continuation.resume() }
-        }
-    }
-
-    /// Lets the watchdog shut this socket down. The driver calls it as soon as it has a descriptor, before it blocks.
-    package func guardSocket(_ descriptor: Int32) {
+    /// Lets the watchdog shut this socket down. The driver calls it as soon as it has a descriptor.
+    package func registerSocket(_ descriptor: Int32) throws(SocketError) {
         let copy = fcntl(descriptor, F_DUPFD_CLOEXEC, 0)
+        guard copy >= 0 else { throw SocketError(.outOfDescriptors, describe(errno: errno)) }
         let old = socketCopy.withLock { current in
             defer { current = copy }
             return current
@@ -142,7 +136,7 @@ package final class ConnectionThread: WatchdogTarget {
     }
 
     /// Shuts the socket down from any thread: whatever waits on it returns at once.
-    package func severSocket() {
+    package func shutDownSocket() {
         // Under the lock, so that the copy is not closed, and its number used again, in between.
         socketCopy.withLock { copy in
             if copy >= 0 { _ = shutdown(copy, Int32(SHUT_RDWR)) }
@@ -158,7 +152,7 @@ package final class ConnectionThread: WatchdogTarget {
         if now.nanoseconds >= end {
             // First the callers, with the reason; the thread itself, once it is free, would find a less telling one.
             onStall()
-            severSocket()
+            shutDownSocket()
             // If that did not free it, look again; callers have been answered.
             next = now.advanced(by: .seconds(1))
         }
@@ -170,7 +164,7 @@ package final class ConnectionThread: WatchdogTarget {
         let end = MonotonicTime.now.advanced(by: limit)
         roundEnds.store(end.nanoseconds, ordering: .sequentiallyConsistent)
         hasComeRound.store(true, ordering: .relaxed)
-        Watchdog.shared.look(by: end)
+        Watchdog.shared.schedule(at: end)
     }
 
     private func endRound() {
@@ -222,22 +216,14 @@ package final class ConnectionThread: WatchdogTarget {
         if copy >= 0 { Socket.close(copy) }
     }
 
-    private func end() {
-        Watchdog.shared.remove(self)
-        let waiting = lifecycle.withLock { state in
-            state.isFinished = true
-            defer { state.waiting = [] }
-            return state.waiting
-        }
-        for continuation in waiting { continuation.resume() }
-    }
-
     private func loop(_ driver: any ConnectionDriver) throws {
         var entries = [
             pollfd(fd: driver.descriptor, events: Int16(POLLIN), revents: 0),
             pollfd(fd: wakeup.readEnd, events: Int16(POLLIN), revents: 0),
         ]
         var hasSignal = false
+        // What came with the last bytes of the login has not been read yet.
+        var isReadable = true
         while true {
             // Drained first, then the flag lowered, then the work taken: a caller that finds the flag up has left its
             // work before the flag is lowered, and one that finds it down signals again. A signal may come after its flag
@@ -248,15 +234,18 @@ package final class ConnectionThread: WatchdogTarget {
             }
             let stopping = isStopping.load(ordering: .acquiring)
             beginRound(limit: stallLimit)
-            let interest = try driver.round(now: .now)
+            let interest = try driver.runOnce(now: .now, isReadable: isReadable)
             endRound()
             if stopping { return }
             if interest.pause > 0 { usleep(interest.pause) }
             entries[0].events = Int16(POLLIN) | (interest.writable ? Int16(POLLOUT) : 0)
             let timeout = interest.timer.map { MonotonicTime.now.pollTimeout(until: $0) } ?? -1
-            hasSignal = false
-            if timeout == 0 { continue }
-            if poll(&entries, nfds_t(entries.count), timeout) > 0 { hasSignal = entries[1].revents != 0 }
+            (isReadable, hasSignal) = (false, false)
+            if poll(&entries, nfds_t(entries.count), timeout) > 0 {
+                // An error or the end of the connection shows when it is read.
+                isReadable = entries[0].revents & ~Int16(POLLOUT) != 0
+                hasSignal = entries[1].revents != 0
+            }
         }
     }
 }

@@ -18,12 +18,10 @@ let streamSocket = Int32(SOCK_STREAM)
 #endif
 let noSignal = Int32(MSG_NOSIGNAL)
 let tcpProtocol = Int32(IPPROTO_TCP)
-private let corkOption = TCP_CORK
 #else
 let streamSocket = SOCK_STREAM
 let noSignal: Int32 = 0
 let tcpProtocol = IPPROTO_TCP
-private let corkOption = TCP_NOPUSH
 #endif
 
 /// The operating system's own words for an error number.
@@ -49,30 +47,12 @@ package func prepare(socket descriptor: Int32) {
 }
 
 extension Socket {
-    /// Holds back partial segments while a batch is written; uncorking sends what is left at once.
-    package static func cork(_ descriptor: Int32, _ corked: Bool) {
-        setOption(descriptor, tcpProtocol, corkOption, corked ? 1 : 0)
-    }
-
-    /// How many bytes the kernel would take now without making a writer wait.
-    package static func freeSendBuffer(_ descriptor: Int32) -> Int {
-        var size: Int32 = 0
-        var length = socklen_t(MemoryLayout<Int32>.size)
-        guard getsockopt(descriptor, SOL_SOCKET, SO_SNDBUF, &size, &length) == 0 else { return 0 }
-        return max(0, Int(size) - unsentBytes(descriptor))
-    }
-
-    /// How many bytes written to the socket the peer has not acknowledged yet.
-    package static func unsentBytes(_ descriptor: Int32) -> Int {
-        var unsent: Int32 = 0
+    /// How long the peer may leave what was sent unacknowledged until the kernel ends the connection; zero for the system's
+    /// own limit, which is a quarter of an hour (RFC 5482; Linux only).
+    package static func setAcknowledgementLimit(_ descriptor: Int32, _ limit: Duration) {
         #if os(Linux)
-        // SIOCOUTQ is TIOCOUTQ under another name; Glibc's module shows only the latter.
-        guard ioctl(descriptor, UInt(TIOCOUTQ), &unsent) == 0 else { return 0 }
-        #else
-        var length = socklen_t(MemoryLayout<Int32>.size)
-        guard getsockopt(descriptor, SOL_SOCKET, SO_NWRITE, &unsent, &length) == 0 else { return 0 }
+        setOption(descriptor, tcpProtocol, TCP_USER_TIMEOUT, Int32(clamping: Int(limit / .milliseconds(1))))
         #endif
-        return Int(unsent)
     }
 }
 

@@ -19,15 +19,20 @@ package enum Socket {
 
     /// Opens a connected, non-blocking socket, or throws by the deadline. Every address of the host is tried in turn.
     /// The caller owns the descriptor.
-    package static func connect(host: String, port: Int, deadline: MonotonicTime) throws(SocketError) -> Int32 {
-        let addresses = try Resolver.addresses(host: host, port: port, deadline: deadline)
+    ///
+    /// - Parameter interrupt: Ends the attempt at once when it is signalled. It is not drained.
+    package static func connect(
+        host: String, port: Int, deadline: MonotonicTime, interrupt: Wakeup? = nil
+    ) throws(SocketError) -> Int32 {
+        let addresses = try Resolver.addresses(host: host, port: port, deadline: deadline, interrupt: interrupt)
         var last = SocketError(.unresolved, "\(host) has no address")
         for (index, address) in addresses.enumerated() {
             // An address that swallows packets must leave time for the next one.
             let share = MonotonicTime.now.advanced(share: addresses.count - index, until: deadline)
             do throws(SocketError) {
-                return try connect(to: address, name: "\(host):\(port)", deadline: share)
+                return try connect(to: address, name: "\(host):\(port)", deadline: share, interrupt: interrupt)
             } catch {
+                if error.kind == .interrupted { throw error }
                 last = error
             }
         }
@@ -72,10 +77,8 @@ package enum Socket {
     }
 
     private static func connect(
-        to address: Resolver.Address, name: String, deadline: MonotonicTime
-    )
-        throws(SocketError) -> Int32
-    {
+        to address: Resolver.Address, name: String, deadline: MonotonicTime, interrupt: Wakeup?
+    ) throws(SocketError) -> Int32 {
         let descriptor = socket(address.family, streamSocket, 0)
         guard descriptor >= 0 else { throw SocketError(.outOfDescriptors, "\(name): \(describe(errno: errno))") }
         prepare(socket: descriptor)
@@ -93,14 +96,13 @@ package enum Socket {
         if result == 0 { return descriptor }
         var code = errno
         if code == EINPROGRESS || code == EINTR {
-            var entry = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
-            var ready: Int32 = 0
-            repeat {
-                ready = poll(&entry, 1, MonotonicTime.now.pollTimeout(until: deadline))
-            } while (ready < 0 && errno == EINTR) || (ready == 0 && MonotonicTime.now < deadline)
-            guard ready > 0 else {
+            do throws(SocketError) {
+                try wait(descriptor, toWrite: true, toRead: false, until: deadline, interrupt: interrupt) {
+                    "\(name) did not answer in time"
+                }
+            } catch {
                 close(descriptor)
-                throw SocketError(.timedOut, "\(name) did not answer in time")
+                throw error
             }
             var length = socklen_t(MemoryLayout<Int32>.size)
             _ = getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &code, &length)
@@ -127,7 +129,9 @@ private enum Resolver {
         init() throws(SocketError) { ready = try Wakeup() }
     }
 
-    static func addresses(host: String, port: Int, deadline: MonotonicTime) throws(SocketError) -> [Address] {
+    static func addresses(
+        host: String, port: Int, deadline: MonotonicTime, interrupt: Wakeup?
+    ) throws(SocketError) -> [Address] {
         // Addresses in figures never ask a name server.
         if let direct = try? lookUp(host: host, port: port, flags: AI_NUMERICHOST) { return direct }
         let answer = try Answer()
@@ -143,10 +147,9 @@ private enum Resolver {
         }
         while true {
             if let result = answer.result.withLock({ $0 }) { return try result.get() }
-            let now = MonotonicTime.now
-            guard now < deadline else { throw SocketError(.timedOut, "\(host) was not resolved in time") }
-            var entry = pollfd(fd: answer.ready.readEnd, events: Int16(POLLIN), revents: 0)
-            _ = poll(&entry, 1, now.pollTimeout(until: deadline))
+            try Socket.wait(answer.ready.readEnd, toWrite: false, until: deadline, interrupt: interrupt) {
+                "\(host) was not resolved in time"
+            }
         }
     }
 
@@ -198,13 +201,34 @@ extension Socket {
 }
 
 extension Socket {
-    /// Waits until the socket has bytes, or takes some. False when the deadline has passed.
-    package static func wait(_ descriptor: Int32, toWrite: Bool, until deadline: MonotonicTime) -> Bool {
+    /// Waits until a descriptor has bytes, or takes some.
+    ///
+    /// - Parameters:
+    ///   - interrupt: Ends the wait when it is signalled. It is not drained.
+    ///   - what: The text of the error when the deadline has passed.
+    /// - Throws: ``SocketError`` with `timedOut` or `interrupted`.
+    package static func wait(
+        _ descriptor: Int32, toWrite: Bool, toRead: Bool = true, until deadline: MonotonicTime,
+        interrupt: Wakeup? = nil, _ what: () -> String
+    ) throws(SocketError) {
+        let events = (toRead ? Int16(POLLIN) : 0) | (toWrite ? Int16(POLLOUT) : 0)
         while true {
             let now = MonotonicTime.now
-            guard now < deadline else { return false }
-            var entry = pollfd(fd: descriptor, events: Int16(POLLIN) | (toWrite ? Int16(POLLOUT) : 0), revents: 0)
-            if poll(&entry, 1, now.pollTimeout(until: deadline)) > 0 { return true }
+            guard now < deadline else { throw SocketError(.timedOut, what()) }
+            // poll(2) leaves out entries with a negative descriptor.
+            var entries = (
+                pollfd(fd: descriptor, events: events, revents: 0),
+                pollfd(fd: interrupt?.readEnd ?? -1, events: Int16(POLLIN), revents: 0)
+            )
+            let count = withUnsafeMutablePointer(to: &entries) { pair in
+                // Sound: a homogeneous tuple is laid out like an array of its elements.
+                pair.withMemoryRebound(to: pollfd.self, capacity: 2) { poll($0, 2, now.pollTimeout(until: deadline)) }
+            }
+            guard count > 0 else { continue }
+            if entries.1.revents != 0 {
+                throw SocketError(.interrupted, "the connection was closed while it was being opened")
+            }
+            return
         }
     }
 }

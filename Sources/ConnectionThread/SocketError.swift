@@ -2,6 +2,10 @@
 package struct SocketError: Error, Sendable, CustomStringConvertible {
     package enum Kind: Sendable {
         case unresolved, refused, timedOut, outOfDescriptors, outOfThreads
+        /// A connection that had been open has ended.
+        case lost
+        /// The owner has closed the connection while it was being opened.
+        case interrupted
     }
 
     package let kind: Kind

@@ -18,7 +18,7 @@ package protocol WatchdogTarget: AnyObject, Sendable {
 /// One thread that ends what is overdue: calls past their deadline, and connection threads that hang in the C library.
 ///
 /// It sleeps until the earliest moment that any target named, without a timeout when there is none. Invariant: whoever
-/// creates an earlier deadline stores it first and calls ``look(by:)`` after, so a deadline is never slept through.
+/// creates an earlier deadline stores it first and calls ``schedule(at:)`` after, so a deadline is never slept through.
 package final class Watchdog: Sendable {
     package static let shared = Watchdog()
 
@@ -56,7 +56,7 @@ package final class Watchdog: Sendable {
     }
 
     /// Makes sure that the watchdog looks at its targets at `time` at the latest. Cheap when it would anyway.
-    package func look(by time: MonotonicTime) {
+    package func schedule(at time: MonotonicTime) {
         guard time.nanoseconds < sleepingUntil.load(ordering: .sequentiallyConsistent) else { return }
         // A lower bound first, so that a thousand callers with the same deadline wake the thread once.
         sleepingUntil.store(time.nanoseconds, ordering: .sequentiallyConsistent)

@@ -28,9 +28,12 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         /// The broker refused responsibility for the event (`basic.nack`).
         public static let nacked = Code("nacked", retriable: true)
         /// The broker took the event, but no queue was bound, and the caller asked for one (`requireRoute`).
-        public static let unroutable = Code("unroutable", retriable: true)
-        /// The exchange published to does not exist; the event was not taken.
-        public static let exchangeNotFound = Code("exchangeNotFound", retriable: true)
+        public static let unroutable = Code("unroutable")
+        /// The exchange published to does not exist.
+        public static let exchangeNotFound = Code("exchangeNotFound")
+        /// The broker closed the channel because of this event, for example because it is larger than `max_message_size`; the
+        /// message is the broker's own.
+        public static let eventRefused = Code("eventRefused")
         /// A queue or exchange that an operation names does not exist.
         public static let notFound = Code("notFound")
         /// A queue or exchange exists with other arguments than those declared.
@@ -103,11 +106,14 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
     public let missingLegs: [String]
     /// The error underneath, if any.
     public let underlying: (any Error)?
+    private let knownOutcome: PublishOutcome?
 
     /// Makes an error. The message must not hold secrets or payload.
+    ///
+    /// - Parameter outcome: How a publish ended, where the code alone does not tell.
     public init(
         _ code: Code, _ message: String, operation: String, eventID: EventID? = nil, missingLegs: [String] = [],
-        underlying: (any Error)? = nil
+        underlying: (any Error)? = nil, outcome: PublishOutcome? = nil
     ) {
         self.code = code
         self.message = message
@@ -115,6 +121,7 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
         self.eventID = eventID
         self.missingLegs = missingLegs
         self.underlying = underlying
+        knownOutcome = outcome
     }
 
     /// Whether the same call can succeed later without a change by a person.
@@ -122,12 +129,14 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
 
     /// How this error counts as the end of a publish. Meaningful only for errors that a publish has thrown.
     public var publishOutcome: PublishOutcome {
-        switch code {
-        case .unknownOutcome: .unknown
-        case .nacked, .exchangeNotFound: .nacked
+        if let knownOutcome { return knownOutcome }
+        return switch code {
+        case .nacked, .exchangeNotFound, .eventRefused: .nacked
         case .unroutable: .returned
         case .invalidName, .invalidConfiguration, .invalidEvent, .eventTooLarge: .rejected
-        default: .unsent
+        case .unsent, .connectionFailed, .tlsFailed, .accessRefused, .closed, .overloaded, .queueTooDeep: .unsent
+        // Of everything else it is not known that the broker has nothing.
+        default: .unknown
         }
     }
 
@@ -139,6 +148,14 @@ public struct EventsError: Error, Sendable, CustomStringConvertible {
 
     func with(eventID: EventID) -> EventsError {
         EventsError(
-            code, message, operation: operation, eventID: eventID, missingLegs: missingLegs, underlying: underlying)
+            code, message, operation: operation, eventID: eventID, missingLegs: missingLegs, underlying: underlying,
+            outcome: knownOutcome)
+    }
+
+    /// The same error, with another end of the publish.
+    package func with(outcome: PublishOutcome) -> EventsError {
+        EventsError(
+            code, message, operation: operation, eventID: eventID, missingLegs: missingLegs, underlying: underlying,
+            outcome: outcome)
     }
 }

@@ -1,4 +1,5 @@
 internal import CRabbitMQ
+internal import ConnectionThread
 internal import DequeModule
 internal import SMAPEvents
 
@@ -8,9 +9,10 @@ internal import FoundationEssentials
 internal import Foundation
 #endif
 
-/// One AMQP channel: its methods in flight, one at a time, and the message that is being put together.
+/// One AMQP channel: its methods in flight, and the message that is being put together.
 ///
-/// Lives on the connection thread only.
+/// Lives on the connection thread only. It refers to nothing that refers to it: what is to be done with a reply is a
+/// value (``Completion``), not a closure.
 final class AMQPChannel {
     enum Role {
         case topology
@@ -18,13 +20,33 @@ final class AMQPChannel {
         case consuming(Consumer)
     }
 
-    /// A method to send, and what to do with its reply.
+    /// What a reply is for.
+    enum Completion {
+        case opened
+        case confirmsSelected
+        case repliesConsumed(BrokerRequest?)
+        case prefetchSet
+        case restored
+        case closedByUs
+        case request(BrokerRequest)
+    }
+
+    /// A method, encoded already, and what to do with its reply.
     struct Step {
         let reply: amqp_method_number_t
-        /// Whether somebody still waits for it; checked before it is sent.
-        let isWanted: () -> Bool
-        let send: () throws -> Void
-        let done: (Result<amqp_method_t, EventsError>) -> Void
+        let frame: [UInt8]
+        let completion: Completion
+
+        /// Whether a caller still waits for it; checked before it is sent.
+        var isWanted: Bool {
+            switch completion {
+            case .request(let request):
+                // A channel is closed whoever waits for it: its deliveries go back to their queue only then.
+                if case .closeConsumer = request.operation { true } else { !request.isAnswered }
+            case .repliesConsumed(let request?): !request.isAnswered
+            default: true
+            }
+        }
     }
 
     /// A message whose frames are arriving: method, then header, then body.
@@ -41,57 +63,81 @@ final class AMQPChannel {
         var expected: UInt64?
         var received: UInt64 = 0
         var body: [UInt8] = []
-        var isTooLarge = false
+        /// Whether the body is not kept: it is too large, or it is not needed.
+        var dropsBody = false
     }
+
+    /// So many methods may be in flight. A channel answers in order, and an error concerns the oldest that is not answered,
+    /// so that each reply and each error has its author.
+    private static let pipelineLimit = 128
 
     let number: amqp_channel_t
     let role: Role
     var isOpen = false
     var isClosing = false
     var assembly: Assembly?
-    private var steps: Deque<Step> = []
-    private var awaiting: Step?
+    /// When it is opened again after a failure; nil if it is not waiting for that.
+    var reopenTime: MonotonicTime?
+    /// How often in a row it was closed before anything was done on it.
+    var failures = 0
+    private var queued: Deque<Step> = []
+    private var awaiting: Deque<Step> = []
 
     init(number: amqp_channel_t, role: Role) {
         self.number = number
         self.role = role
     }
 
-    func enqueue(_ step: Step, first: Bool = false) throws {
-        if first { steps.prepend(step) } else { steps.append(step) }
-        try sendNext()
-    }
+    var isIdle: Bool { queued.isEmpty && awaiting.isEmpty }
 
-    /// Sends the next method unless one is under way: a channel answers in order, but an error closes it, and then it
-    /// must be clear which method was at fault.
-    func sendNext() throws {
-        while awaiting == nil, let step = steps.popFirst() {
-            guard step.isWanted() else { continue }
-            awaiting = step
-            try step.send()
+    func enqueue(_ step: Step) { queued.append(step) }
+
+    /// The methods to send now.
+    func takeSteps() -> [Step] {
+        guard !queued.isEmpty, reopenTime == nil else { return [] }
+        var steps: [Step] = []
+        while awaiting.count < Self.pipelineLimit, let step = queued.popFirst() {
+            guard step.isWanted else { continue }
+            awaiting.append(step)
+            steps.append(step)
         }
+        return steps
     }
 
-    /// Takes a reply. False if nobody waits for it.
-    func reply(_ method: amqp_method_t) throws -> Bool {
-        guard let step = awaiting, step.reply == method.id else { return false }
-        awaiting = nil
-        step.done(.success(method))
-        try sendNext()
-        return true
+    /// The step that a reply is for; nil if there is none.
+    func takeStep(for method: amqp_method_t) -> Step? {
+        guard let step = awaiting.first, step.reply == method.id else { return nil }
+        return awaiting.removeFirst()
     }
 
-    /// The broker has closed the channel: the method under way was at fault. Those behind it stay, if there is to be
-    /// another channel of this number.
-    func closed(_ error: EventsError, keepSteps: Bool) {
+    /// The broker has closed the channel: the oldest step in flight was at fault, if the broker closed it for a step.
+    /// Those behind it were ignored, and are sent again on the next channel of this number.
+    func closed(isFaultOfStep: Bool) -> Step? {
         isOpen = false
         assembly = nil
-        let failed = awaiting
-        awaiting = nil
-        failed?.done(.failure(error))
-        if !keepSteps {
-            for step in steps { step.done(.failure(error)) }
-            steps = []
+        let failed = isFaultOfStep ? awaiting.popFirst() : nil
+        for step in awaiting.reversed() {
+            switch step.completion {
+            // Part of opening the channel, which begins again.
+            case .opened, .confirmsSelected, .closedByUs: break
+            default: queued.prepend(step)
+            }
         }
+        awaiting = []
+        return failed
+    }
+
+    /// Everything that waits for a reply or to be sent, when there will be none.
+    func takeAll() -> [Step] {
+        defer {
+            queued = []
+            awaiting = []
+        }
+        return Array(awaiting) + Array(queued)
+    }
+
+    /// Puts the steps of opening before all others.
+    func enqueueFirst(_ steps: [Step]) {
+        for step in steps.reversed() { queued.prepend(step) }
     }
 }

@@ -1,80 +1,102 @@
 internal import CRabbitMQ
+internal import ConnectionThread
 internal import Logging
 internal import SMAPEvents
+internal import Synchronization
 
 /// Frames from the broker: methods, and messages put together from method, header and body.
 extension AMQPDriver {
-    /// Reads until the socket is silent. True if there may be more, after so many frames that others must have a turn.
-    func readFrames() throws -> Bool {
-        for _ in 0..<4096 {
-            var frame = amqp_frame_t()
-            var immediately = Self.noTime
-            let status = amqp_simple_wait_frame_noblock(handle, &frame, &immediately)
-            if status == AMQP_STATUS_TIMEOUT.rawValue { return false }
-            try Self.check(status, "reading")
-            try take(frame)
-            // Everything that is kept has been copied.
-            amqp_maybe_release_buffers_on_channel(handle, frame.channel)
+    /// So many reads a round: then settlements, publishes and heartbeats have their turn.
+    private static let readLimit = 16
+
+    /// Reads what has come. True if there may be more.
+    func read(_ now: MonotonicTime) throws -> Bool {
+        var mayHaveMore = true
+        var reads = 0
+        while mayHaveMore, reads < Self.readLimit {
+            reads += 1
+            switch try stream.receive({ parser.append($0) }) {
+            case .silent: mayHaveMore = false
+            case .bytes(let isFull):
+                lastReceived = now
+                mayHaveMore = isFull
+            }
+            try takeFrames()
         }
-        return true
+        return mayHaveMore
     }
 
-    func take(_ frame: amqp_frame_t) throws {
-        switch Int32(frame.frame_type) {
-        case AMQP_FRAME_METHOD:
+    /// Takes in the frames that are complete, and hands on what they bring, also when a later one ends the connection.
+    func takeFrames() throws {
+        var failure: (any Error)?
+        do {
+            try parser.forEachFrame { frame in
+                try take(frame)
+                return true
+            }
+        } catch {
+            failure = error
+        }
+        do {
+            try handDeliveriesOn()
+            try applyPublishEvents()
+        } catch {
+            failure = failure ?? error
+        }
+        if let failure { throw failure }
+    }
+
+    private func take(_ frame: Frame) throws {
+        switch frame.kind {
+        case .heartbeat: break
+        case .method:
+            let method = try decoder.method(frame)
             if frame.channel == 0 {
-                try takeConnectionMethod(frame.payload.method)
-            } else {
-                try takeMethod(frame.payload.method, on: frame.channel)
+                try takeConnectionMethod(method)
+            } else if let channel = channels[frame.channel], let decoded = method.decoded {
+                try take(method, decoded, on: channel)
             }
-        case AMQP_FRAME_HEADER:
+        case .header:
             guard let channel = channels[frame.channel], channel.assembly != nil else { return }
-            let header = frame.payload.properties
-            channel.assembly?.expected = header.body_size
-            if header.body_size > UInt64(connection.configuration.maximumBodySize) {
-                channel.assembly?.isTooLarge = true
-            } else {
-                channel.assembly?.body.reserveCapacity(Int(header.body_size))
-            }
-            if let decoded = header.decoded {
-                channel.assembly?.properties = Self.properties(decoded.load(as: amqp_basic_properties_t.self))
-            }
+            let (size, properties) = try decoder.header(frame)
+            channel.assembly?.expected = size
+            channel.assembly?.properties = Self.properties(properties)
+            if size > UInt64(connection.configuration.maximumBodySize) { channel.assembly?.dropsBody = true }
+            if channel.assembly?.dropsBody == false { channel.assembly?.body.reserveCapacity(Int(size)) }
             try completeMessage(channel)
-        case AMQP_FRAME_BODY:
+        case .body:
             guard let channel = channels[frame.channel], channel.assembly != nil else { return }
-            let fragment = frame.payload.body_fragment
-            channel.assembly?.received += UInt64(fragment.len)
-            if channel.assembly?.isTooLarge == false {
-                // Sound: the fragment is valid until the channel's buffers are released.
-                channel.assembly?.body.append(
-                    contentsOf: UnsafeRawBufferPointer(start: fragment.bytes, count: fragment.len))
-            }
+            channel.assembly?.received += UInt64(frame.payload.count)
+            if channel.assembly?.dropsBody == false { channel.assembly?.body.append(contentsOf: frame.payload) }
             try completeMessage(channel)
-        default: break
         }
     }
 
-    func takeConnectionMethod(_ method: amqp_method_t) throws {
+    private func takeConnectionMethod(_ method: amqp_method_t) throws {
         switch method.id {
         case AMQP_CONNECTION_BLOCKED_METHOD:
             isBlocked = true
+            // A broker that blocks does not read: what waits in the socket's buffers is no sign of a dead peer.
+            Socket.setAcknowledgementLimit(descriptor, .zero)
             let blocked = method.decoded?.load(as: amqp_connection_blocked_t.self)
             connection.blocked(blocked.map { Self.string($0.reason) } ?? "")
         case AMQP_CONNECTION_UNBLOCKED_METHOD:
             isBlocked = false
+            Socket.setAcknowledgementLimit(descriptor, connection.configuration.acknowledgementLimit)
             connection.blocked(nil)
         case AMQP_CONNECTION_CLOSE_METHOD:
             let close = method.decoded?.load(as: amqp_connection_close_t.self)
-            var ok = amqp_connection_close_ok_t()
-            _ = amqp_send_method(handle, 0, AMQP_CONNECTION_CLOSE_OK_METHOD, &ok)
+            let frame = try MethodEncoder.frame(AMQP_CONNECTION_CLOSE_OK_METHOD, on: 0, amqp_connection_close_ok_t())
+            stream.append { $0 += frame }
+            _ = try? stream.flush()
             throw AMQPFailure.closedByBroker(
-                code: Int(close?.reply_code ?? 0), text: close.map { Self.string($0.reply_text) } ?? "")
+                code: Int(close?.reply_code ?? 0), text: close.map { Self.string($0.reply_text) } ?? "",
+                method: close.map { UInt32($0.class_id) << 16 | UInt32($0.method_id) } ?? 0)
         default: break
         }
     }
 
-    func takeMethod(_ method: amqp_method_t, on number: amqp_channel_t) throws {
-        guard let channel = channels[number], let decoded = method.decoded else { return }
+    private func take(_ method: amqp_method_t, _ decoded: UnsafeMutableRawPointer, on channel: AMQPChannel) throws {
         switch method.id {
         case AMQP_BASIC_DELIVER_METHOD:
             let deliver = decoded.load(as: amqp_basic_deliver_t.self)
@@ -86,96 +108,137 @@ extension AMQPDriver {
             channel.assembly = AMQPChannel.Assembly(
                 kind: .returned, exchange: Self.string(returned.exchange),
                 routingKey: Self.string(returned.routing_key))
+            channel.assembly?.dropsBody = true
         case AMQP_BASIC_ACK_METHOD:
             let ack = decoded.load(as: amqp_basic_ack_t.self)
-            try confirm(ack.delivery_tag, multiple: ack.multiple != 0, isNack: false)
+            confirm(channel, ack.delivery_tag, multiple: ack.multiple != 0, isNack: false)
         case AMQP_BASIC_NACK_METHOD:
             let nack = decoded.load(as: amqp_basic_nack_t.self)
-            try confirm(nack.delivery_tag, multiple: nack.multiple != 0, isNack: true)
+            confirm(channel, nack.delivery_tag, multiple: nack.multiple != 0, isNack: true)
         case AMQP_BASIC_CANCEL_METHOD:
             guard case .consuming(let consumer) = channel.role else { return }
+            try handDeliveriesOn()
             consumer.fail(
                 EventsError(
                     .subscriptionCancelled, "the broker has cancelled the consumer: its queue is gone",
                     operation: "consume from \(consumer.queue)"), isChannelOpen: true)
         case AMQP_CHANNEL_CLOSE_METHOD:
             let close = decoded.load(as: amqp_channel_close_t.self)
-            try channelClosed(channel, code: Int(close.reply_code), text: Self.string(close.reply_text))
+            try channelClosed(
+                channel, code: Int(close.reply_code), text: Self.string(close.reply_text),
+                method: UInt32(close.class_id) << 16 | UInt32(close.method_id))
         default:
-            _ = try channel.reply(method)
+            guard let step = channel.takeStep(for: method) else { return }
+            try complete(step, on: channel, .success(method))
+            try sendSteps(channel)
         }
     }
 
-    func confirm(_ tag: UInt64, multiple: Bool, isNack: Bool) throws {
-        let answers = connection.withWindow { $0.confirmed(tag: tag, multiple: multiple, isNack: isNack) }
-        guard let answers else {
-            throw AMQPFailure.unexpected("a confirm for a message that was not sent")
-        }
-        // Before anything else that this thread may read.
-        for id in answers.requests { connection.replies.sent(id) }
-        answers.give()
+    private func confirm(_ channel: AMQPChannel, _ tag: UInt64, multiple: Bool, isNack: Bool) {
+        // What was sent on a channel that is being closed has been taken back.
+        guard case .publishing = channel.role, channel.isOpen, !channel.isClosing else { return }
+        channel.failures = 0
+        publishEvents.append(.confirmed(tag: tag, multiple: multiple, isNack: isNack))
     }
 
-    func completeMessage(_ channel: AMQPChannel) throws {
+    /// Takes in the confirms and returns that have come so far.
+    func applyPublishEvents() throws {
+        guard !publishEvents.isEmpty else { return }
+        defer { publishEvents.removeAll(keepingCapacity: true) }
+        let resumptions = connection.window.withLock { $0.apply(publishEvents) }
+        guard let resumptions else { throw AMQPFailure.unexpected("a confirm for a message that was not sent") }
+        connection.resume(resumptions)
+    }
+
+    private func completeMessage(_ channel: AMQPChannel) throws {
         guard let assembly = channel.assembly, let expected = assembly.expected, assembly.received >= expected else {
             return
         }
         channel.assembly = nil
         switch (assembly.kind, channel.role) {
         case (.returned, .publishing):
-            connection.withWindow {
-                $0.returned(
+            publishEvents.append(
+                .returned(
                     exchange: assembly.exchange, routingKey: assembly.routingKey,
-                    messageID: assembly.properties.messageID)
-            }
+                    messageID: assembly.properties.messageID))
         case (.delivery(let tag, let isRedelivered), .consuming(let consumer)):
-            if assembly.isTooLarge {
+            if assembly.dropsBody {
                 connection.logger.warning(
                     "a message is larger than the limit",
                     metadata: ["queue": "\(consumer.queue)", "bytes": "\(expected)"])
             }
-            let isOrdered = consumer.deliver(delivery(assembly, tag, isRedelivered))
-            if !isOrdered { throw AMQPFailure.unexpected("a delivery out of order") }
+            let delivery = delivery(assembly, tag, isRedelivered)
+            if let index = deliveries.firstIndex(where: { $0.consumer === consumer }) {
+                deliveries[index].deliveries.append(delivery)
+            } else {
+                deliveries.append((consumer, [delivery]))
+            }
         case (.delivery(let tag, let isRedelivered), .publishing):
+            // The request was confirmed before its reply came.
+            try applyPublishEvents()
             connection.replies.deliver(delivery(assembly, tag, isRedelivered))
         default: break
         }
     }
 
-    func delivery(
-        _ assembly: AMQPChannel.Assembly, _ tag: UInt64, _ isRedelivered: Bool
-    ) -> InboundDelivery {
+    private func delivery(_ assembly: AMQPChannel.Assembly, _ tag: UInt64, _ isRedelivered: Bool) -> InboundDelivery {
         InboundDelivery(
             tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey, isRedelivered: isRedelivered,
-            properties: assembly.properties, body: assembly.body, isTruncated: assembly.isTooLarge)
+            properties: assembly.properties, body: assembly.body, isTruncated: assembly.dropsBody)
     }
 
-    func channelClosed(_ channel: AMQPChannel, code: Int, text: String) throws {
-        var ok = amqp_channel_close_ok_t()
-        try send(channel, AMQP_CHANNEL_CLOSE_OK_METHOD, &ok)
+    /// Gives consumers what one read has brought them, under one lock each.
+    private func handDeliveriesOn() throws {
+        guard !deliveries.isEmpty else { return }
+        defer { deliveries.removeAll(keepingCapacity: true) }
+        for (consumer, deliveries) in deliveries where !consumer.deliver(deliveries) {
+            throw AMQPFailure.unexpected("a delivery out of order")
+        }
+    }
+
+    /// The broker has closed a channel: for a method of ours, or for a message.
+    private func channelClosed(_ channel: AMQPChannel, code: Int, text: String, method: UInt32) throws {
+        let ok = try MethodEncoder.frame(
+            AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
+        stream.append { $0 += ok }
+        // What came before is settled before.
+        try applyPublishEvents()
         let error = EventsError(
             AMQPFailure.brokerCode(code) ?? .connectionLost, text, operation: "channel \(channel.number)")
         switch channel.role {
         case .topology:
-            channel.closed(error, keepSteps: true)
-            try open(channel)
+            let failed = channel.closed(isFaultOfStep: true)
+            try reopen(channel, isFailure: failed == nil, error)
+            if let failed { try complete(failed, on: channel, .failure(error)) }
         case .publishing:
-            channel.closed(error, keepSteps: false)
-            // "NOT_FOUND - no exchange 'x' in vhost '/'", "ACCESS_REFUSED - access to exchange 'x' in vhost …".
-            let exchange = text.split(separator: "'", omittingEmptySubsequences: false).dropFirst().first.map(
-                String.init)
-            connection.answer { $0.channelClosed(text, refused: exchange.map { ($0, error.code) }) }
-            // Replies come to the channel that has asked.
-            connection.replies.connectionLost(
-                EventsError(.connectionLost, "the channel was closed: \(text)", operation: "request"))
-            try open(channel)
+            let wasOpen = channel.isOpen
+            let isFaultOfMessage = method == AMQP_BASIC_PUBLISH_METHOD || (method == 0 && wasOpen)
+            let failed = channel.closed(isFaultOfStep: !isFaultOfMessage)
+            let wasInUse = connection.publishingChannelClosed(code, text, isFaultOfMessage: isFaultOfMessage)
+            if let failed { try complete(failed, on: channel, .failure(error)) }
+            // A channel that is closed although nothing was done on it would be closed again.
+            let isFaultOfReplies = if case .repliesConsumed = failed?.completion { true } else { false }
+            try reopen(channel, isFailure: !isFaultOfReplies && (!wasOpen || !wasInUse), error)
         case .consuming(let consumer):
-            channel.closed(error, keepSteps: false)
+            try handDeliveriesOn()
+            let failed = channel.closed(isFaultOfStep: true)
             channels[channel.number] = nil
             connection.remove(consumer)
             // Once it consumes, 406 means that something was unsettled for too long (`consumer_timeout`): it comes again.
             let code = error.code == .topologyConflict ? EventsError.Code.connectionLost : error.code
+            for step in [failed].compactMap({ $0 }) + channel.takeAll() {
+                try complete(step, on: channel, .failure(error))
+            }
             consumer.fail(EventsError(code, text, operation: "consume from \(consumer.queue)"))
         }
+    }
+
+    /// Opens a channel again: at once, or after a pause that grows when opening it is what fails.
+    private func reopen(_ channel: AMQPChannel, isFailure: Bool, _ error: EventsError) throws {
+        guard isFailure else { return try open(channel) }
+        channel.failures += 1
+        let delay = connection.configuration.backoff.delay(after: channel.failures)
+        channel.reopenTime = MonotonicTime.now.advanced(by: delay)
+        if case .publishing = channel.role { connection.publishingBlocked(error, retryIn: delay) }
     }
 }

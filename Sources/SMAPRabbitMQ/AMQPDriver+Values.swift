@@ -1,5 +1,4 @@
 internal import CRabbitMQ
-internal import ConnectionThread
 internal import SMAPEvents
 
 #if canImport(FoundationEssentials)
@@ -8,22 +7,10 @@ internal import FoundationEssentials
 internal import Foundation
 #endif
 
-#if canImport(Glibc)
-internal import Glibc
-#elseif canImport(Musl)
-internal import Musl
-#elseif canImport(Darwin)
-internal import Darwin
-#endif
-
 /// Values as the C library has them, and as the rest of this module does.
 extension AMQPDriver {
-    static func check(_ status: Int32, _ doing: String) throws {
-        guard status == AMQP_STATUS_OK.rawValue else { throw AMQPFailure.library(status: status, doing: doing) }
-    }
-
     static func string(_ bytes: amqp_bytes_t) -> String {
-        // Sound: the library's buffers are valid until they are released, after this frame was taken.
+        // Sound: they point into the frame, which is valid while it is taken in.
         String(decoding: UnsafeRawBufferPointer(start: bytes.bytes, count: bytes.len), as: UTF8.self)
     }
 
@@ -64,16 +51,5 @@ extension AMQPDriver {
             .integer(Int64(clamping: field.value.u64))
         default: nil
         }
-    }
-
-    static var noTime: CRabbitMQTimeval { CRabbitMQTimeval() }
-
-    static func timeval(from now: MonotonicTime, to deadline: MonotonicTime) -> CRabbitMQTimeval {
-        let left = deadline > now ? deadline.nanoseconds - now.nanoseconds : 1_000_000
-        return CRabbitMQTimeval(tv_sec: Int(left / 1_000_000_000), tv_usec: Int(left % 1_000_000_000 / 1000))
-    }
-
-    static func with(_ value: CRabbitMQTimeval, _ body: (UnsafePointer<CRabbitMQTimeval>) -> Int32) -> Int32 {
-        withUnsafePointer(to: value, body)
     }
 }

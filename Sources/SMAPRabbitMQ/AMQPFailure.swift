@@ -6,8 +6,8 @@ internal import SMAPEvents
 enum AMQPFailure: Error {
     /// A status of the C library.
     case library(status: Int32, doing: String)
-    /// `connection.close` from the broker.
-    case closedByBroker(code: Int, text: String)
+    /// `connection.close` from the broker; `method` is the method that it blames, 0 for none.
+    case closedByBroker(code: Int, text: String, method: UInt32)
     /// Frames that no broker should send.
     case unexpected(String)
 
@@ -22,13 +22,26 @@ enum AMQPFailure: Error {
         case AMQPFailure.library(let status, let doing):
             return EventsError(
                 lost, "\(doing): \(String(cString: amqp_error_string2(status)))", operation: operation)
-        case AMQPFailure.closedByBroker(let code, let text):
-            return EventsError(brokerCode(code) ?? lost, text, operation: operation)
+        case let failure as TLSError:
+            return EventsError(
+                failure.kind == .invalidOptions ? .invalidConfiguration : connecting ? .tlsFailed : lost,
+                failure.description, operation: operation)
+        case AMQPFailure.closedByBroker(let code, let text, _):
+            // A limit of connections is no matter of permission, although RabbitMQ says NOT_ALLOWED: it passes.
+            let isLimit = code == 530 && text.contains("limit")
+            return EventsError(isLimit ? lost : brokerCode(code) ?? lost, text, operation: operation)
         case AMQPFailure.unexpected(let what):
             return EventsError(.protocolViolation, what, operation: operation)
         case let error as EventsError: return error
         default: return EventsError(lost, "\(type(of: error))", operation: operation)
         }
+    }
+
+    /// Whether the broker has closed the connection because of a message: it names the method, or says that a frame was wrong
+    /// and names none.
+    static func isRefusalOfMessage(_ failure: any Error) -> Bool {
+        guard case AMQPFailure.closedByBroker(let code, _, let method) = failure else { return false }
+        return method == AMQP_BASIC_PUBLISH_METHOD || (method == 0 && brokerCode(code) == .protocolViolation)
     }
 
     /// Our kind of error for a reply code that means the same on every connection and channel (AMQP 0-9-1, 1.2).

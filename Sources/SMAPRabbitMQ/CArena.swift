@@ -1,9 +1,17 @@
 internal import CRabbitMQ
 internal import SMAPEvents
 
-/// Memory for the strings and tables of one method, freed with it. The library reads them while it sends.
+/// Memory for the strings and tables of one method, freed with it. The library reads them while it encodes.
 final class CArena {
     private var blocks: [UnsafeMutableRawPointer] = []
+
+    private init() {}
+
+    /// Runs `body` with an arena that lives until it returns: what it hands out are bare pointers.
+    static func with<Result>(_ body: (CArena) throws -> Result) rethrows -> Result {
+        let arena = CArena()
+        return try withExtendedLifetime(arena) { try body(arena) }
+    }
 
     deinit {
         for block in blocks { block.deallocate() }

@@ -4,7 +4,7 @@ internal import Synchronization
 /// One consumer on a channel of its own.
 final class Consumer: TransportConsumer {
     private struct State {
-        var ledger = SettlementLedger()
+        var tracker = AckTracker()
         /// Whether settlements can still reach the broker.
         var isChannelOpen = true
     }
@@ -28,7 +28,7 @@ final class Consumer: TransportConsumer {
     }
 
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws {
-        let isTaken = state.withLock { $0.isChannelOpen && $0.ledger.settle(delivery.tag, settlement) }
+        let isTaken = state.withLock { $0.isChannelOpen && $0.tracker.settle(delivery.tag, settlement) }
         guard isTaken else {
             throw EventsError(
                 .deliveryExpired, "the delivery is settled already, or its channel is gone",
@@ -44,23 +44,26 @@ final class Consumer: TransportConsumer {
 
     func stop() async {
         buffer.end(with: nil)
-        await connection.finish(.stopConsumer(self), "stop consuming from \(queue)")
+        await connection.finish(.stopConsumer(self), name: "stop consuming from \(queue)")
     }
 
     // MARK: The connection thread
 
-    /// Hands a delivery on. False if its tag is out of order.
-    func deliver(_ delivery: InboundDelivery) -> Bool {
-        guard state.withLock({ $0.ledger.delivered(delivery.tag) }) else { return false }
-        buffer.deliver(delivery)
+    /// Hands deliveries on. False if a tag is out of order.
+    func deliver(_ deliveries: [InboundDelivery]) -> Bool {
+        let areOrdered = state.withLock { state in
+            deliveries.allSatisfy { state.tracker.delivered($0.tag) }
+        }
+        guard areOrdered else { return false }
+        buffer.deliver(deliveries)
         return true
     }
 
     /// Whether so many deliveries are in hand that a millisecond more makes no difference to anyone.
-    var isBusy: Bool { state.withLock { $0.ledger.count >= 64 } }
+    var isBusy: Bool { state.withLock { $0.tracker.count >= 64 } }
 
-    func settlements() -> [SettlementLedger.Frame] {
-        state.withLock { $0.ledger.flush() }
+    func settlements() -> [AckTracker.Frame] {
+        state.withLock { $0.tracker.flush() }
     }
 
     /// The broker, or the loss of the connection, has ended this consumer.

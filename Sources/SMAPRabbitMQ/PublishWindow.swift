@@ -2,117 +2,285 @@ internal import ConnectionThread
 internal import DequeModule
 internal import SMAPEvents
 
-/// What is being published: who waits for room, what waits to be written, and what waits for a confirm. It outlives
-/// connections: what a lost one leaves unconfirmed is written again on the next.
+/// What is being published: callers that wait for room, messages to be written, and messages that wait for a confirm. It
+/// outlives connections: what a lost one leaves unconfirmed is written again on the next.
 ///
-/// A value behind a lock. It never calls out: what must be answered is returned, and is answered outside the lock.
+/// A value behind a lock. It never calls out: the results that it returns are handed to their callers outside the lock.
 ///
-/// Invariants (P1, P2, P8): each caller is answered once; an entry whose bytes may have been written ends as confirmed,
-/// nacked or *unknown*, never as unsent; room is given back only when the broker has answered, or when the caller has
-/// been answered and no connection holds the message any more. So a silent broker holds back callers, not memory.
+/// Invariants:
+/// - P1, P2: each caller is answered once. A message whose bytes may have been written ends as confirmed, as refused
+///   (only if the broker cannot have taken it before) or as *unknown*, never as unsent.
+/// - P8: messages and bytes are bounded, reservations included; and so are the callers that wait. Room is given back when the
+///   broker has answered, or when the caller has been answered and no connection holds the message any more.
+/// - P10: a destination that does not confirm cannot use up all room (``spare``), and a refused message never changes the
+///   outcome of others: those are written again.
 struct PublishWindow {
-    typealias Continuation = CheckedContinuation<Bool, any Error>
+    struct Limits: Sendable {
+        var messages: Int
+        var bytes: Int
+        var waiting: Int
+    }
 
-    /// Answers to give, outside the lock.
-    struct Answers {
-        var publishes: [(Continuation, Result<Bool, any Error>)] = []
-        var admissions: [(CheckedContinuation<Void, any Error>, Result<Void, any Error>)] = []
-        var drained: [CheckedContinuation<Void, Never>] = []
+    /// What is to be done outside the lock.
+    struct Resumptions {
+        var publishes: [(PendingPublish, Result<Bool, EventsError>)] = []
+        var reservations: [(Waiter<Grant>, Result<Grant, EventsError>)] = []
+        var drained: [Waiter<Void>] = []
         /// The correlation ids of requests that are in a queue now.
         var requests: [String] = []
 
-        func give() {
-            for (continuation, result) in publishes { continuation.resume(with: result) }
-            for (continuation, result) in admissions { continuation.resume(with: result) }
-            for continuation in drained { continuation.resume() }
+        mutating func append(_ other: Resumptions) {
+            publishes += other.publishes
+            reservations += other.reservations
+            drained += other.drained
+            requests += other.requests
         }
     }
 
-    private struct Waiting {
-        let id: UInt64
-        let deadline: MonotonicTime
-        let continuation: CheckedContinuation<Void, any Error>
+    /// Room that was given to a caller.
+    struct Grant: Sendable {
+        var count: Int
+        var bytes: Int
+        /// Whether the caller had to wait for it.
+        var hasWaited = false
     }
 
-    private struct Entry {
-        let id: UInt64
+    /// A caller that waits for room.
+    final class Reservation: @unchecked Sendable {
+        let waiter = Waiter<Grant>()
+        let wanted: Grant
+        let destination: UInt64
         let deadline: MonotonicTime
-        let message: PackedMessage
-        var continuation: Continuation?
-        var isReturned = false
-        /// Answered by the broker while an earlier one is not.
-        var isSettled = false
-        /// Whether some of its bytes may have gone out on a connection that was lost.
-        var isInDoubt = false
+        /// Sound: read and written under the window's lock only.
+        fileprivate var isGone = false
+
+        init(_ wanted: Grant, destination: UInt64, deadline: MonotonicTime) {
+            self.wanted = wanted
+            self.destination = destination
+            self.deadline = deadline
+        }
     }
 
-    private let messageLimit: Int
-    private let byteLimit: Int
+    /// An answer of the broker, as it is read.
+    enum Event {
+        case confirmed(tag: UInt64, multiple: Bool, isNack: Bool)
+        case returned(exchange: String, routingKey: String, messageID: String?)
+    }
+
+    private enum Mode {
+        case open
+        /// Callers are refused until a connection opens: the server will not have us, and waiting does not help.
+        case refusing(EventsError)
+        case closed(EventsError)
+    }
+
+    /// Destinations are told apart by so many remainders of their hash.
+    private static let shareCount = 256
+    /// So many callers at a time may encode what they had to wait for: sizes are guesses until then.
+    private static let encodingLimit = 32
+    /// The watchdog looks no more often than this: a deadline is kept to within 10 ms.
+    static let precision = Duration.milliseconds(10)
+
+    private let limits: Limits
+    private var mode = Mode.open
+    /// Reserved, to be written, or unconfirmed.
     private var messages = 0
     private var bytes = 0
-    private var lastID: UInt64 = 0
-    private var waiting: Deque<Waiting> = []
-    /// In order of publishing. The first ``sentCount`` are on the wire, the others still to be written.
-    private var entries: Deque<Entry> = []
-    private var sentCount = 0
-    /// The delivery tag of the first entry; tags count from 1 on each channel.
-    private var firstTag: UInt64 = 1
-    private var drained: [CheckedContinuation<Void, Never>] = []
-    /// Why callers are refused: for good, or until a connection opens.
-    private var refusal: EventsError?
-    private var isClosed = false
-    /// Why nothing is being written now, for those whose deadline passes meanwhile.
-    var obstacle: EventsError?
-    /// No deadline is earlier than this; it may be too early.
-    private(set) var earliestDeadline = MonotonicTime.distantFuture
+    /// Reservations that were waited for and are not used yet.
+    private var encoding = 0
 
-    init(messageLimit: Int, byteLimit: Int) {
-        self.messageLimit = messageLimit
-        self.byteLimit = byteLimit
+    private var waiting: [Deque<Reservation>] = Array(repeating: [], count: shareCount)
+    /// The destinations that have callers waiting, in the order of their turns.
+    private var turns: Deque<Int> = []
+    private(set) var waitingCount = 0
+    private var goneCount = 0
+
+    /// To be written, in order.
+    private var unsent: Deque<PendingPublish> = []
+    /// On the wire and not answered; the first has the delivery tag ``firstTag``.
+    private var sent: Deque<PendingPublish> = []
+    /// Tags count from 1 on each channel.
+    private var firstTag: UInt64 = 1
+    /// Messages in the window by destination, and their bytes.
+    private var shares = [(messages: Int, bytes: Int)](repeating: (0, 0), count: shareCount)
+    /// Written messages whose callers have been answered, because the broker has not.
+    private var orphans = 0
+    private var orphanBytes = 0
+    /// So many suspects are written at a time, to find the one that the broker closes the channel for.
+    private var suspectGroup = 1
+    private var draining: [Waiter<Void>] = []
+    /// Why nothing is being written now, for those whose deadline passes meanwhile.
+    private(set) var blockedReason: EventsError?
+    /// No deadline is earlier than this; it may be too early.
+    private(set) var nextDeadline = MonotonicTime.distantFuture
+    /// The destination that the channel was closed for last, because it does not confirm.
+    private(set) var unconfirmedDestination: (name: String, at: MonotonicTime)?
+
+    init(_ limits: Limits) { self.limits = limits }
+
+    // MARK: Room
+
+    /// How many messages are in the window, reservations included.
+    var count: Int { messages }
+    /// How many bytes are in the window, reservations included.
+    var byteCount: Int { bytes }
+    var hasUnsent: Bool { !unsent.isEmpty }
+
+    /// The largest part of a list that is published in one go: half of the window.
+    private func part(of wanted: Grant) -> Grant {
+        let each = max(1, wanted.bytes / max(1, wanted.count))
+        let count = max(1, min(wanted.count, limits.messages / 2, limits.bytes / 2 / each))
+        return Grant(count: count, bytes: count * each)
     }
 
-    var hasUnsent: Bool { entries.count > sentCount }
-    /// How many messages are in the window, those being made included.
-    var count: Int { messages }
-    private var hasRoom: Bool { messages < messageLimit && bytes < byteLimit }
+    /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
+    /// up itself, not the others.
+    private var spare: (messages: Int, bytes: Int) { (limits.messages / 4, limits.bytes / 4) }
 
-    /// An id for a caller, to cancel it by.
-    mutating func nextID() -> UInt64 {
-        lastID += 1
-        return lastID
+    // One message may go over the limit of bytes, so that a large one gets its turn.
+    private var hasRoom: Bool { messages < limits.messages && bytes < limits.bytes }
+
+    private func hasSpareRoom(for share: Int) -> Bool {
+        shares[share].messages < limits.messages / 16 && shares[share].bytes < limits.bytes / 16
+            && messages < limits.messages + spare.messages && bytes < limits.bytes + spare.bytes
+    }
+
+    /// Takes room for messages, if there is some and no caller has waited longer for it. For a list it may be less than
+    /// wanted.
+    mutating func reserve(_ wanted: Grant, for destination: UInt64) throws -> Grant? {
+        switch mode {
+        case .open: break
+        case .refusing(let error), .closed(let error): throw error
+        }
+        let share = Self.share(of: destination)
+        guard hasRoom ? waitingCount == 0 : waiting[share].isEmpty && hasSpareRoom(for: share) else { return nil }
+        let granted = part(of: wanted)
+        messages += granted.count
+        bytes += granted.bytes
+        return granted
+    }
+
+    private static func share(of destination: UInt64) -> Int { Int(destination % UInt64(shareCount)) }
+
+    /// Queues a caller for room. Throws when as many are waiting as may.
+    mutating func wait(_ reservation: Reservation) throws -> Resumptions {
+        switch mode {
+        case .open: break
+        case .refusing(let error), .closed(let error): throw error
+        }
+        guard waitingCount < limits.waiting else {
+            throw EventsError(
+                .overloaded, "\(limits.waiting) callers are waiting for room to publish already", operation: "publish",
+                underlying: blockedReason)
+        }
+        let share = Self.share(of: reservation.destination)
+        if waiting[share].isEmpty { turns.append(share) }
+        waiting[share].append(reservation)
+        waitingCount += 1
+        nextDeadline = min(nextDeadline, reservation.deadline)
+        var resumptions = Resumptions()
+        admitWaiting(&resumptions)
+        return resumptions
+    }
+
+    /// Gives back room that was not used.
+    mutating func release(_ grant: Grant) -> Resumptions {
+        messages -= grant.count
+        bytes -= grant.bytes
+        if grant.hasWaited { encoding -= 1 }
+        var resumptions = Resumptions()
+        admitWaiting(&resumptions)
+        return resumptions
+    }
+
+    /// The task of a caller that waits for room was cancelled.
+    mutating func cancel(_ reservation: Reservation) {
+        guard !reservation.isGone else { return }
+        reservation.isGone = true
+        waitingCount -= 1
+        goneCount += 1
+        // Those that are gone stay in their places; not for ever.
+        guard goneCount > waitingCount + 1024 else { return }
+        for share in turns { waiting[share].removeAll(where: \.isGone) }
+        turns.removeAll { waiting[$0].isEmpty }
+        goneCount = 0
+    }
+
+    private mutating func admitWaiting(_ resumptions: inout Resumptions) {
+        guard case .open = mode, waitingCount > 0 else { return }
+        var passed = 0
+        while passed < turns.count, encoding < Self.encodingLimit, let share = turns.popFirst() {
+            while let first = waiting[share].first, first.isGone {
+                waiting[share].removeFirst()
+                goneCount -= 1
+            }
+            guard !waiting[share].isEmpty else { continue }
+            if hasRoom || hasSpareRoom(for: share), let first = waiting[share].popFirst() {
+                first.isGone = true
+                waitingCount -= 1
+                var granted = part(of: first.wanted)
+                granted.hasWaited = true
+                messages += granted.count
+                bytes += granted.bytes
+                encoding += 1
+                passed = 0
+                resumptions.reservations.append((first.waiter, .success(granted)))
+            } else {
+                passed += 1
+            }
+            if !waiting[share].isEmpty { turns.append(share) }
+        }
     }
 
     // MARK: Callers
 
-    /// Takes room for one message, if there is some and nobody has waited longer; returns an id to submit it under.
-    mutating func tryAdmit() throws -> UInt64? {
-        if let refusal { throw refusal }
-        guard waiting.isEmpty, hasRoom else { return nil }
-        messages += 1
-        return nextID()
-    }
-
-    /// Waits for room. Answers at once when there is some after all.
-    mutating func admit(
-        _ id: UInt64, deadline: MonotonicTime, _ continuation: CheckedContinuation<Void, any Error>
-    ) -> Answers {
-        var answers = Answers()
-        if let refusal {
-            answers.admissions.append((continuation, .failure(refusal)))
-        } else {
-            waiting.append(Waiting(id: id, deadline: deadline, continuation: continuation))
-            earliestDeadline = min(earliestDeadline, deadline)
-            admitWaiting(&answers)
+    /// Queues messages for which there is room.
+    ///
+    /// - Parameter granted: What was reserved for them: a guess, which their true size replaces.
+    mutating func submit(_ publishes: [PendingPublish], granted: Grant) -> Resumptions {
+        if granted.hasWaited { encoding -= 1 }
+        messages += publishes.count - granted.count
+        bytes -= granted.bytes
+        var resumptions = Resumptions()
+        for publish in publishes {
+            add(publish)
+            nextDeadline = min(nextDeadline, publish.deadline)
+            unsent.append(publish)
         }
-        return answers
+        switch mode {
+        case .open: break
+        case .refusing(let error), .closed(let error):
+            for publish in publishes { answer(publish, .failure(error), &resumptions) }
+            dropAnswered(&resumptions)
+        }
+        if waitingCount > 0 { admitWaiting(&resumptions) }
+        return resumptions
     }
 
-    /// Gives room back that was taken and not used.
-    mutating func release() -> Answers {
-        messages -= 1
-        var answers = Answers()
-        admitWaiting(&answers)
-        return answers
+    /// The same for one message.
+    mutating func submit(_ publish: PendingPublish, granted: Grant) -> Resumptions {
+        if case .open = mode, waitingCount == 0 {
+            if granted.hasWaited { encoding -= 1 }
+            bytes -= granted.bytes
+            add(publish)
+            nextDeadline = min(nextDeadline, publish.deadline)
+            unsent.append(publish)
+            return Resumptions()
+        }
+        return submit([publish], granted: granted)
+    }
+
+    /// The callers of messages were cancelled. What is written already stays until the broker answers.
+    ///
+    /// - Parameter result: What they are told, where they do not know yet.
+    mutating func cancel(_ publishes: [PendingPublish], _ result: (Bool) -> EventsError) -> Resumptions {
+        var resumptions = Resumptions()
+        for publish in publishes where !publish.isAnswered {
+            let isWritten = publish.isInDoubt || publish.isOnWire
+            answer(publish, .failure(result(isWritten)), &resumptions)
+        }
+        dropAnswered(&resumptions)
+        return resumptions
     }
 
     /// From so many in flight on callers do not wake the thread one by one.
@@ -121,301 +289,398 @@ struct PublishWindow {
     /// Whether the thread must be told of what was just submitted. While some messages are in flight their confirms bring
     /// it round soon enough, and it then finds a batch instead of one message; that is Nagle's rule (RFC 896), and saves
     /// a dozen system calls a message. Where they do not, ``patience`` does.
-    var needsWake: Bool { sentCount < Self.busyCount || (entries.count - sentCount) % Self.busyCount == 0 }
+    var needsWake: Bool { sent.count < Self.busyCount || unsent.count % Self.busyCount == 0 }
 
     /// How long the thread may stay away when it has written what it could; nil for as long as it likes. A queue that
     /// cannot confirm (a quorum queue without a majority) must not hold up what goes to others.
     var patience: Duration? {
-        hasUnsent ? .milliseconds(2) : sentCount < Self.busyCount ? nil : .milliseconds(10)
+        hasUnsent ? .milliseconds(2) : sent.count < Self.busyCount ? nil : .milliseconds(10)
     }
 
-    /// Whether so much is in flight that two milliseconds more make no difference to anyone.
-    var isBusy: Bool { sentCount >= 256 }
-
-    /// Queues a message for which there is room.
-    mutating func submit(
-        _ id: UInt64, _ message: PackedMessage, deadline: MonotonicTime, _ continuation: Continuation
-    ) -> Answers {
-        var answers = Answers()
-        if let refusal {
-            messages -= 1
-            answers.publishes.append((continuation, .failure(refusal)))
-        } else {
-            bytes += message.bytes.count
-            entries.append(Entry(id: id, deadline: deadline, message: message, continuation: continuation))
-            earliestDeadline = min(earliestDeadline, deadline)
-        }
-        return answers
-    }
-
-    /// Answers one caller whose task was cancelled. What is written already stays until the broker answers.
-    mutating func cancel(_ id: UInt64) -> Answers {
-        var answers = Answers()
-        if let index = waiting.firstIndex(where: { $0.id == id }) {
-            answers.admissions.append((waiting.remove(at: index).continuation, .failure(CancellationError())))
-        } else if let index = entries.firstIndex(where: { $0.id == id }),
-            let continuation = entries[index].continuation.take()
-        {
-            answers.publishes.append((continuation, .failure(CancellationError())))
-            if index >= sentCount { free(entries.remove(at: index)) }
-        }
-        admitWaiting(&answers)
-        noteDrained(&answers)
-        return answers
-    }
+    /// How many messages are on the wire.
+    var sentCount: Int { sent.count }
 
     // MARK: The connection thread
 
-    /// The next messages to write, in order, no more bytes than `budget` but one at least. From here on they count as
-    /// sent.
-    mutating func takeBatch(budget: Int) -> [PackedMessage] {
-        var batch: [PackedMessage] = []
+    /// The next messages to write, in order, no more bytes than `budget` but one at least. From here on they count as sent.
+    ///
+    /// - Parameters:
+    ///   - position: Where the first of them will stand in the connection's stream.
+    ///   - frameLimit: The largest frame that the broker takes. A message whose header is larger fails by itself.
+    mutating func takeBatch(
+        budget: Int, position: UInt64, frameLimit: Int, _ resumptions: inout Resumptions
+    ) -> [PendingPublish] {
+        var batch: [PendingPublish] = []
+        var position = position
         var size = 0
-        while sentCount < entries.count {
-            let message = entries[sentCount].message
-            size += message.bytes.count
-            if !batch.isEmpty, size > budget { break }
-            batch.append(message)
-            sentCount += 1
+        // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
+        if sent.first?.isSuspect == true { return [] }
+        let isTesting = unsent.first?.isSuspect == true
+        if isTesting, !sent.isEmpty { return [] }
+        let room = isTesting ? suspectGroup : .max
+        while batch.count < room, let next = unsent.first, next.isSuspect == isTesting {
+            let length = next.message.length(frameLimit: frameLimit)
+            if !batch.isEmpty, size + length > budget { break }
+            unsent.removeFirst()
+            guard next.message.largestHeadFrame <= frameLimit else {
+                let error = EventsError(
+                    .eventTooLarge,
+                    "the headers have \(next.message.largestHeadFrame) bytes, and the broker takes \(frameLimit) (frame_max)",
+                    operation: "publish")
+                answer(next, .failure(next.isInDoubt ? unknown(error) : error), &resumptions)
+                free(next)
+                continue
+            }
+            size += length
+            next.isOnWire = true
+            next.position = position
+            position += UInt64(length)
+            batch.append(next)
         }
+        sent.append(contentsOf: batch)
         return batch
     }
 
-    /// The size of the next message to write; nil if there is none.
-    var nextSize: Int? { hasUnsent ? entries[sentCount].message.bytes.count : nil }
-
-    /// Takes note of a returned message; its confirm follows.
-    mutating func returned(exchange: String, routingKey: String, messageID: String?) {
-        let index = entries[..<sentCount].firstIndex {
-            !$0.isReturned && $0.message.matches(exchange: exchange, routingKey: routingKey, messageID: messageID)
+    /// Takes in what one read has brought. Nil for a confirm of what was not sent.
+    mutating func apply(_ events: [Event]) -> Resumptions? {
+        var resumptions = Resumptions()
+        if case .closed = mode { return resumptions }
+        for event in events {
+            switch event {
+            case .returned(let exchange, let routingKey, let messageID):
+                let publish = sent.first {
+                    !$0.isReturned && !$0.isSettled && $0.message.messageID == messageID
+                        && $0.message.routingKey == routingKey && $0.message.exchange == exchange
+                }
+                publish?.isReturned = true
+            case .confirmed(let tag, let multiple, let isNack):
+                guard confirmed(tag: tag, multiple: multiple, isNack: isNack, &resumptions) else { return nil }
+            }
         }
-        if let index { entries[index].isReturned = true }
+        // Settled ones leave from the front, so that tags stay positions.
+        while let first = sent.first, first.isSettled {
+            sent.removeFirst()
+            firstTag += 1
+        }
+        admitWaiting(&resumptions)
+        noteDrained(&resumptions)
+        return resumptions
     }
 
-    /// Answers for `basic.ack` and `basic.nack`. Nil for a tag that was never given or is settled already.
-    mutating func confirmed(tag: UInt64, multiple: Bool, isNack: Bool) -> Answers? {
-        let end = firstTag + UInt64(sentCount)
+    private mutating func confirmed(
+        tag: UInt64, multiple: Bool, isNack: Bool, _ resumptions: inout Resumptions
+    ) -> Bool {
+        let end = firstTag + UInt64(sent.count)
         // Tag 0 with `multiple` means all so far (AMQP 0-9-1, basic.ack).
         let last = tag == 0 && multiple ? end - 1 : tag
-        guard last < end else { return nil }
-        var answers = Answers()
-        guard last >= firstTag else { return answers }
+        guard last < end else { return false }
+        guard last >= firstTag else { return true }
         let index = Int(last - firstTag)
-        for position in (multiple ? 0 : index)...index where !entries[position].isSettled {
-            settle(position, isNack: isNack, &answers)
-        }
-        // Settled entries leave from the front, so that tags stay positions.
-        let settled = entries[..<sentCount].firstIndex { !$0.isSettled } ?? sentCount
-        entries.removeFirst(settled)
-        sentCount -= settled
-        firstTag += UInt64(settled)
-        admitWaiting(&answers)
-        noteDrained(&answers)
-        return answers
+        for position in (multiple ? 0 : index)...index { settle(sent[position], isNack: isNack, &resumptions) }
+        return true
     }
 
-    private mutating func settle(_ position: Int, isNack: Bool, _ answers: inout Answers) {
-        entries[position].isSettled = true
-        messages -= 1
-        bytes -= entries[position].message.bytes.count
-        guard let continuation = entries[position].continuation.take() else { return }
+    private mutating func settle(_ publish: PendingPublish, isNack: Bool, _ resumptions: inout Resumptions) {
+        guard !publish.isSettled else { return }
+        publish.isSettled = true
+        if publish.isAnswered { removeOrphan(publish) }
+        free(publish)
+        guard !publish.isAnswered else { return }
+        publish.isAnswered = true
         if isNack {
             let error = EventsError(.nacked, "the broker refused the message", operation: "publish")
-            answers.publishes.append((continuation, .failure(error)))
+            resumptions.publishes.append((publish, .failure(publish.isInDoubt ? unknown(error) : error)))
+        } else if publish.isReturned, publish.isInDoubt {
+            let error = EventsError(
+                .unknownOutcome, "no queue is bound now, and an earlier copy may have reached one",
+                operation: "publish")
+            resumptions.publishes.append((publish, .failure(error)))
         } else {
-            answers.publishes.append((continuation, .success(!entries[position].isReturned)))
-            if !entries[position].isReturned, let id = entries[position].message.requestID {
-                answers.requests.append(id)
-            }
+            resumptions.publishes.append((publish, .success(!publish.isReturned)))
+            if !publish.isReturned, let id = publish.message.requestID { resumptions.requests.append(id) }
         }
     }
 
-    /// The channel was closed by the broker and will be opened again.
+    // MARK: Refusals and losses
+
+    /// The broker has closed the channel because of a message, and will open another.
     ///
-    /// What went to the exchange that the broker names is refused; the rest of what was sent is innocent, and is written
-    /// again. Where the broker names no exchange that a message went to, the guilty one cannot be told, and writing it
-    /// again would close the next channel too: then all that was sent ends as unknown.
-    mutating func channelClosed(_ reason: String, refused: (exchange: String, code: EventsError.Code)?) -> Answers {
-        var answers = Answers()
-        let isNamed = entries[..<sentCount].contains { !$0.isSettled && $0.message.exchangeName == refused?.exchange }
-        takeBackSent(&answers, written: sentCount) { entry in
-            if let refused, isNamed {
-                guard entry.message.exchangeName == refused.exchange else { return nil }
-                let code = refused.code == .notFound ? .exchangeNotFound : refused.code
-                return EventsError(code, reason, operation: "publish")
-            }
-            return EventsError(.unknownOutcome, "the channel was closed: \(reason)", operation: "publish")
+    /// Guilty are the messages whose exchange (and key, where the broker names one) stands in its text; all others are
+    /// written again. Where the text names none, what was in flight is written again in groups, until the guilty message
+    /// is alone.
+    mutating func channelClosed(_ error: EventsError) -> Resumptions {
+        var resumptions = Resumptions()
+        let guilty = sent.filter { !$0.isSettled && Self.isNamed($0.message, in: error.message) }
+        // One alone, never written before: then it is the message that the broker refused.
+        let isCertain = guilty.count == 1 && !guilty[0].isInDoubt
+        for publish in guilty { answer(publish, .failure(isCertain ? error : unknown(error)), &resumptions) }
+        takeBack(written: .max, blamed: guilty.isEmpty ? error : nil, &resumptions)
+        return resumptions
+    }
+
+    /// The channel is gone, and no message is to blame.
+    mutating func channelLost() -> Resumptions {
+        var resumptions = Resumptions()
+        takeBack(written: .max, blamed: nil, &resumptions)
+        return resumptions
+    }
+
+    /// Whether a broker's text names the destination of a message. RabbitMQ writes "no exchange 'x' in vhost …", "access to
+    /// exchange 'x' in vhost …" and "access to topic 'key' in exchange 'x' in vhost …", and calls the default exchange
+    /// `amq.default`.
+    private static func isNamed(_ message: EncodedMessage, in text: String) -> Bool {
+        let exchange = "exchange '\(message.exchange.isEmpty ? "amq.default" : message.exchange)'"
+        guard text.contains("topic '") else { return text.contains(exchange) }
+        return text.contains("topic '\(message.routingKey)' in \(exchange)")
+    }
+
+    /// Marks what was in flight as suspect, to be written again in halves; one alone is guilty.
+    ///
+    /// - Parameters:
+    ///   - count: How many of those that were in flight are to be written again: the first ones.
+    ///   - isAlone: Whether nothing else was in flight.
+    private mutating func isolate(
+        _ count: Int, isAlone: Bool, _ error: EventsError, wasInDoubt: Bool, _ resumptions: inout Resumptions
+    ) {
+        guard count > 0 else { return }
+        guard !isAlone else {
+            let publish = unsent.removeFirst()
+            answer(publish, .failure(wasInDoubt ? unknown(error) : error), &resumptions)
+            free(publish)
+            suspectGroup = max(1, unsent.prefix(while: \.isSuspect).count / 2)
+            return
         }
-        return answers
+        for publish in unsent.prefix(count) { publish.isSuspect = true }
+        suspectGroup = max(1, count / 2)
+    }
+
+    /// The channel is closed by us, because destinations do not confirm: what no caller waits for is given up, the rest is
+    /// written again.
+    mutating func channelReset(now: MonotonicTime) -> Resumptions {
+        var resumptions = Resumptions()
+        if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }) {
+            unconfirmedDestination = ("\(orphan.message.exchange) \(orphan.message.routingKey)", now)
+        }
+        takeBack(written: .max, blamed: nil, &resumptions)
+        return resumptions
+    }
+
+    /// Whether half of the room is held by messages that the broker does not answer and no caller waits for.
+    var needsReset: Bool {
+        orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2)
     }
 
     /// The connection is gone, and there will be another: what was sent and not confirmed is written again on it, in
     /// order and under the same ids, as long as its caller waits.
     ///
     /// - Parameters:
-    ///   - unwritten: How many of those taken last have not been written at all.
-    ///   - isPoisoned: Whether something that was sent may be the reason. Then nothing is written again.
-    mutating func connectionLost(_ error: EventsError, unwritten: Int, isPoisoned: Bool) -> Answers {
-        var answers = Answers()
-        obstacle = error
-        takeBackSent(&answers, written: sentCount - unwritten) { _ in
-            isPoisoned ? EventsError(.unknownOutcome, error.message, operation: "publish", underlying: error) : nil
-        }
-        return answers
+    ///   - sentBytes: How much of the stream may have left; what stands behind it has not been written at all.
+    ///   - isRefusal: Whether the broker has closed the connection because of a message.
+    mutating func connectionLost(_ error: EventsError, sentBytes: UInt64, isRefusal: Bool) -> Resumptions {
+        var resumptions = Resumptions()
+        blockedReason = error
+        takeBack(written: sentBytes, blamed: isRefusal ? error : nil, &resumptions)
+        return resumptions
     }
 
-    /// Refuses all who wait or come, until ``connected()``: the server will not have us, and waiting does not help.
-    mutating func refuse(_ error: EventsError) -> Answers {
-        guard !isClosed else { return Answers() }
-        var answers = Answers()
-        refusal = error
-        obstacle = error
-        takeBackSent(&answers, written: sentCount) { _ in nil }
-        failAll(unsent: error, &answers)
-        return answers
+    /// Refuses all callers that wait or come, until ``connected()``.
+    mutating func refuse(_ error: EventsError) -> Resumptions {
+        var resumptions = Resumptions()
+        if case .closed = mode { return resumptions }
+        mode = .refusing(error)
+        blockedReason = error
+        takeBack(written: .max, blamed: nil, &resumptions)
+        failAll(error, &resumptions)
+        return resumptions
     }
 
     /// A connection is open, and nothing stands in the way.
     mutating func connected() {
-        guard !isClosed else { return }
-        refusal = nil
-        obstacle = nil
+        if case .closed = mode { return }
+        mode = .open
+        blockedReason = nil
     }
+
+    /// Nothing can be written now.
+    mutating func blocked(_ reason: EventsError) { blockedReason = reason }
 
     /// The end: answers everyone, and refuses all who come later.
     ///
-    /// - Parameter unwritten: How many of those taken last have not been written at all.
-    mutating func close(_ error: EventsError, unwritten: Int = 0) -> Answers {
-        guard !isClosed else { return Answers() }
-        isClosed = true
-        var answers = Answers()
+    /// - Parameter sentBytes: How much of the connection's stream may have left.
+    mutating func close(_ error: EventsError, sentBytes: UInt64 = .max) -> Resumptions {
+        var resumptions = Resumptions()
+        if case .closed = mode { return resumptions }
         let never = EventsError(.unsent, error.message, operation: "publish", underlying: error)
-        refusal = never
-        takeBackSent(&answers, written: sentCount - unwritten) { _ in nil }
-        failAll(unsent: never, &answers)
-        return answers
+        mode = .closed(never)
+        takeBack(written: sentBytes, blamed: nil, &resumptions)
+        failAll(never, &resumptions)
+        return resumptions
     }
 
     // MARK: The watchdog
 
     /// Answers every caller whose deadline has passed.
-    mutating func expire(now: MonotonicTime) -> Answers {
-        var answers = Answers()
-        guard earliestDeadline <= now else { return answers }
+    mutating func expire(now: MonotonicTime) -> Resumptions {
+        var resumptions = Resumptions()
+        guard nextDeadline <= now else { return resumptions }
         var next = MonotonicTime.distantFuture
-        let reason = obstacle.map { ": \($0.description)" } ?? ""
-        waiting.removeAll { entry in
-            guard entry.deadline <= now else {
-                next = min(next, entry.deadline)
-                return false
+        let reason = blockedReason.map { ": \($0.message)" } ?? ""
+        for share in turns {
+            for reservation in waiting[share] where !reservation.isGone {
+                guard reservation.deadline <= now else {
+                    next = min(next, reservation.deadline)
+                    continue
+                }
+                reservation.isGone = true
+                waitingCount -= 1
+                goneCount += 1
+                let error = EventsError(
+                    .unsent, "no room among the \(limits.messages) messages awaiting confirms by the deadline\(reason)",
+                    operation: "publish", underlying: blockedReason)
+                resumptions.reservations.append((reservation.waiter, .failure(error)))
             }
-            let error = EventsError(
-                .unsent, "no room among the \(messageLimit) messages awaiting confirms by the deadline\(reason)",
-                operation: "publish", underlying: obstacle)
-            answers.admissions.append((entry.continuation, .failure(error)))
-            return true
         }
-        var hasOverdue = false
-        for index in entries.indices {
-            guard entries[index].continuation != nil else { continue }
-            guard entries[index].deadline <= now else {
-                next = min(next, entries[index].deadline)
+        for publish in sent where !publish.isAnswered {
+            guard publish.deadline <= now else {
+                next = min(next, publish.deadline)
                 continue
             }
-            guard let continuation = entries[index].continuation.take() else { continue }
-            let isSent = index < sentCount
-            hasOverdue = hasOverdue || !isSent
+            let error = EventsError(
+                .unknownOutcome, "not confirmed by the deadline\(reason)", operation: "publish",
+                underlying: blockedReason)
+            answer(publish, .failure(error), &resumptions)
+        }
+        var hasOverdue = false
+        for publish in unsent where !publish.isAnswered {
+            guard publish.deadline <= now else {
+                next = min(next, publish.deadline)
+                continue
+            }
+            hasOverdue = true
             let error =
-                isSent || entries[index].isInDoubt
+                publish.isInDoubt
                 ? EventsError(
                     .unknownOutcome, "not confirmed by the deadline\(reason)", operation: "publish",
-                    underlying: obstacle)
+                    underlying: blockedReason)
                 : EventsError(
-                    .unsent, "not written by the deadline\(reason)", operation: "publish", underlying: obstacle)
-            answers.publishes.append((continuation, .failure(error)))
+                    .unsent, "not written by the deadline\(reason)", operation: "publish", underlying: blockedReason)
+            answer(publish, .failure(error), &resumptions)
         }
-        if hasOverdue { dropUnsentWithoutCaller() }
-        earliestDeadline = next
-        admitWaiting(&answers)
-        noteDrained(&answers)
-        return answers
+        if hasOverdue { dropAnswered(&resumptions) }
+        // However many deadlines there are, they are looked at a hundred times a second at most.
+        nextDeadline = next == .distantFuture ? next : max(next, now.advanced(by: Self.precision))
+        admitWaiting(&resumptions)
+        noteDrained(&resumptions)
+        return resumptions
     }
 
-    /// Calls back once nobody waits any more for what is under way.
-    mutating func whenDrained(_ continuation: CheckedContinuation<Void, Never>) -> Answers {
-        var answers = Answers()
-        drained.append(continuation)
-        noteDrained(&answers)
-        return answers
+    /// Resolves the waiter once no caller waits any more for what is under way.
+    mutating func whenDrained(_ waiter: Waiter<Void>) -> Resumptions {
+        var resumptions = Resumptions()
+        draining.append(waiter)
+        noteDrained(&resumptions)
+        return resumptions
     }
 
     // MARK: Parts
 
-    /// Makes everything that was sent unsent again, in its place; what is settled, or has nobody waiting any more, goes.
-    ///
-    /// - Parameter failing: The error with which an entry ends instead.
-    private mutating func takeBackSent(
-        _ answers: inout Answers, written: Int, failing: (Entry) -> EventsError?
+    /// The same error for a message that the broker may have taken before: then its outcome is unknown.
+    private func unknown(_ error: EventsError) -> EventsError { error.with(outcome: .unknown) }
+
+    /// Gives a message's caller its result.
+    private mutating func answer(
+        _ publish: PendingPublish, _ result: Result<Bool, EventsError>, _ resumptions: inout Resumptions
     ) {
-        for index in 0..<sentCount where !entries[index].isSettled {
-            if index < written { entries[index].isInDoubt = true }
-            entries[index].isReturned = false
-            guard let error = failing(entries[index]) else { continue }
-            if let continuation = entries[index].continuation.take() {
-                answers.publishes.append((continuation, .failure(error)))
-            }
+        guard !publish.isAnswered else { return }
+        publish.isAnswered = true
+        if publish.isOnWire, !publish.isSettled {
+            orphans += 1
+            orphanBytes += publish.message.size
         }
-        // Of the settled ones the room has been given back already.
-        entries.removeAll(where: \.isSettled)
-        sentCount = 0
-        firstTag = 1
-        dropUnsentWithoutCaller()
-        admitWaiting(&answers)
-        noteDrained(&answers)
+        resumptions.publishes.append((publish, result))
     }
 
-    private mutating func dropUnsentWithoutCaller() {
-        for index in sentCount..<entries.count where entries[index].continuation == nil { free(entries[index]) }
-        let sent = sentCount
-        var index = 0
-        entries.removeAll { entry in
-            defer { index += 1 }
-            return index >= sent && entry.continuation == nil
+    private mutating func removeOrphan(_ publish: PendingPublish) {
+        orphans -= 1
+        orphanBytes -= publish.message.size
+    }
+
+    /// Makes everything that was sent unsent again, in its place. What is settled goes, and what no caller waits for.
+    ///
+    /// - Parameters:
+    ///   - written: Up to where the stream may have left.
+    ///   - blamed: Why the broker refused something of it, if it is not known what.
+    private mutating func takeBack(written: UInt64, blamed: EventsError?, _ resumptions: inout Resumptions) {
+        var suspects = 0
+        var inFlight = 0
+        var wasInDoubt = false
+        while let publish = sent.popLast() {
+            guard !publish.isSettled else { continue }
+            inFlight += 1
+            wasInDoubt = publish.isInDoubt
+            if publish.position < written { publish.isInDoubt = true }
+            publish.isOnWire = false
+            publish.isReturned = false
+            // Either they are found guilty now, or another one was.
+            publish.isSuspect = false
+            unsent.prepend(publish)
+            if !publish.isAnswered { suspects += 1 }
         }
+        (firstTag, orphans, orphanBytes) = (1, 0, 0)
+        dropAnswered(&resumptions)
+        if let blamed {
+            isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)
+        }
+        admitWaiting(&resumptions)
+        noteDrained(&resumptions)
+    }
+
+    /// Takes unsent messages out of the window whose callers have been answered.
+    private mutating func dropAnswered(_ resumptions: inout Resumptions) {
+        for publish in unsent where publish.isAnswered { free(publish) }
+        unsent.removeAll(where: \.isAnswered)
+        admitWaiting(&resumptions)
+        noteDrained(&resumptions)
     }
 
     /// Answers everyone. Nothing is on the wire any more.
-    private mutating func failAll(unsent error: EventsError, _ answers: inout Answers) {
-        for entry in entries {
-            guard let continuation = entry.continuation else { continue }
-            let outcome =
-                entry.isInDoubt
-                ? EventsError(.unknownOutcome, error.message, operation: "publish", underlying: error) : error
-            answers.publishes.append((continuation, .failure(outcome)))
-            free(entry)
+    private mutating func failAll(_ error: EventsError, _ resumptions: inout Resumptions) {
+        for publish in unsent {
+            answer(publish, .failure(publish.isInDoubt ? unknown(error) : error), &resumptions)
+            free(publish)
         }
-        entries = []
-        for entry in waiting { answers.admissions.append((entry.continuation, .failure(error))) }
-        waiting = []
-        noteDrained(&answers)
+        unsent = []
+        for share in turns {
+            for reservation in waiting[share] where !reservation.isGone {
+                reservation.isGone = true
+                resumptions.reservations.append((reservation.waiter, .failure(error)))
+            }
+            waiting[share] = []
+        }
+        turns = []
+        waitingCount = 0
+        goneCount = 0
+        noteDrained(&resumptions)
     }
 
-    private mutating func free(_ entry: Entry) {
+    private mutating func add(_ publish: PendingPublish) {
+        let share = Self.share(of: publish.destination)
+        bytes += publish.message.size
+        shares[share].messages += 1
+        shares[share].bytes += publish.message.size
+    }
+
+    private mutating func free(_ publish: PendingPublish) {
+        let share = Self.share(of: publish.destination)
         messages -= 1
-        bytes -= entry.message.bytes.count
+        bytes -= publish.message.size
+        shares[share].messages -= 1
+        shares[share].bytes -= publish.message.size
     }
 
-    private mutating func admitWaiting(_ answers: inout Answers) {
-        while refusal == nil, hasRoom, let first = waiting.popFirst() {
-            messages += 1
-            answers.admissions.append((first.continuation, .success(())))
-        }
-    }
-
-    private mutating func noteDrained(_ answers: inout Answers) {
-        if !drained.isEmpty, !entries.contains(where: { $0.continuation != nil }) {
-            answers.drained += drained
-            drained = []
-        }
+    private mutating func noteDrained(_ resumptions: inout Resumptions) {
+        guard !draining.isEmpty, sent.allSatisfy(\.isAnswered), unsent.allSatisfy(\.isAnswered) else { return }
+        resumptions.drained += draining
+        draining = []
     }
 }

@@ -1,4 +1,5 @@
 public import Configuration
+internal import ConnectionThread
 public import SMAPEvents
 
 /// Where RabbitMQ is, and the limits of talking to it.
@@ -33,19 +34,46 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     /// The longest pause between two attempts, 10 s by default; also the pause after the server has refused the
     /// credentials.
     public var maximumReconnectDelay: Duration = .seconds(10)
-    /// The heartbeat asked for, in whole seconds; a server may ask for less. 20 s by default, 0 turns it off.
-    public var heartbeat: Duration = .seconds(20)
+    /// How the client logs in, with ``username`` and ``password`` by default. `RABBITMQ_AUTH_MECHANISM`: `PLAIN` or
+    /// `EXTERNAL`.
+    public var authentication = Authentication.password
+    /// The heartbeat asked for, in whole seconds; a server may ask for less. 10 s by default, 0 turns it off. A server that
+    /// sends nothing for two intervals is given up.
+    public var heartbeat: Duration = .seconds(10)
+    /// How long the server's host may leave what was sent unacknowledged until the connection is given up (TCP user timeout,
+    /// RFC 5482; Linux only), 10 s by default; zero for the system's limit, which is a quarter of an hour. It does not run
+    /// while the broker blocks.
+    public var acknowledgementLimit: Duration = .seconds(10)
     /// How long a connection may be stuck before it is given up, 15 s by default: its thread in one system call, or the
     /// broker with one of the declarations that are repeated after a loss.
     public var stallLimit: Duration = .seconds(15)
-    /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait.
+    /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait. A quarter more is kept for
+    /// destinations of which few messages are unconfirmed, so that one that does not confirm holds up none of the others.
     public var windowMessages: Int = 1_000
-    /// How many bytes may be unconfirmed at a time, 16 MiB by default. One message over it is let through, so that a
-    /// large one gets its turn.
+    /// How many bytes may be unconfirmed at a time, 16 MiB by default, with the same quarter more. One message over it is let
+    /// through, so that a large one gets its turn.
     public var windowBytes: Int = 16 << 20
+    /// How many callers may wait for room to publish, 100,000 by default. More are refused with
+    /// ``SMAPEvents/EventsError/Code/overloaded``.
+    public var maximumWaitingPublishes: Int = 100_000
     /// The largest body that is taken into memory, 16 MiB by default. Larger ones are rejected, and so go to the queue's
     /// dead letters.
     public var maximumBodySize: Int = 16 << 20
+
+    /// How a client proves who it is (SASL).
+    public struct Authentication: Sendable, Hashable, CustomStringConvertible {
+        /// The SASL mechanism's name.
+        let mechanism: String
+
+        /// `PLAIN`: by user and password (RFC 4616).
+        public static let password = Authentication(mechanism: "PLAIN")
+        /// `EXTERNAL`: by the client's certificate in ``RabbitMQConfiguration/tls`` (RFC 4422, appendix A). The server needs
+        /// the plugin `rabbitmq_auth_mechanism_ssl`, and takes the user's name from the certificate.
+        public static let external = Authentication(mechanism: "EXTERNAL")
+
+        /// The mechanism's name.
+        public var description: String { mechanism }
+    }
 
     /// Describes a server by its parts.
     public init(
@@ -91,6 +119,7 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         if let url = reader.string(forKey: "url", isSecret: true), !url.isEmpty {
             try self.init(url: url)
             try readTLS(reader)
+            try readAuthentication(reader)
             return
         }
         self.init()
@@ -107,6 +136,17 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         if let username = reader.string(forKey: "username") { self.username = username }
         if let password = reader.string(forKey: "password", isSecret: true) { self.password = password }
         if let virtualHost = reader.string(forKey: "vhost"), !virtualHost.isEmpty { self.virtualHost = virtualHost }
+        try readAuthentication(reader)
+        try validate()
+    }
+
+    private mutating func readAuthentication(_ reader: ConfigReader) throws {
+        switch reader.string(forKey: "auth.mechanism")?.uppercased() {
+        case nil, "": break
+        case "PLAIN": authentication = .password
+        case "EXTERNAL": authentication = .external
+        default: throw ServerURL.failure("RABBITMQ_AUTH_MECHANISM", "it is neither PLAIN nor EXTERNAL")
+        }
         try validate()
     }
 
@@ -147,6 +187,13 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
             try require(value.utf8.count <= 255 && !value.contains("\0"), setting, "it has at most 255 bytes, no NUL")
         }
         try require(windowMessages > 0 && windowBytes > 0, "window", "it has room for one message at least")
+        try require(maximumWaitingPublishes >= 0, "maximumWaitingPublishes", "it is not negative")
+        try require(
+            (0...(1 << 30)).contains(maximumBodySize), "maximumBodySize", "it is 0 to 1 GiB")
+        try require(acknowledgementLimit >= .zero, "acknowledgementLimit", "it is not negative")
+        try require(
+            authentication != .external || tls?.certificateFile != nil, "RABBITMQ_AUTH_MECHANISM",
+            "EXTERNAL needs amqps and a client certificate (RABBITMQ_CERT_FILE, RABBITMQ_KEY_FILE)")
         try require(heartbeat >= .zero && heartbeat <= .seconds(3600), "heartbeat", "it is 0 to 3600 s")
         try require(connectTimeout > .zero && stallLimit > .zero, "timeouts", "they are above zero")
         try require(
@@ -175,5 +222,13 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     /// `host:port/vhost`, for logs and errors.
     public var description: String {
         "\(host.contains(":") ? "[\(host)]" : host):\(port)\(virtualHost == "/" ? "" : "/\(virtualHost)")"
+    }
+}
+
+extension ServerTLS {
+    var options: TLSOptions {
+        TLSOptions(
+            authorityFile: authorityFile, certificateFile: certificateFile, privateKeyFile: privateKeyFile,
+            verifiesPeer: verification.peer, verifiesHost: verification.host)
     }
 }

@@ -3,7 +3,7 @@ public import SMAPEvents
 public import ServiceLifecycle
 internal import Synchronization
 
-/// Carries events over RabbitMQ, with librabbitmq.
+/// Carries events over RabbitMQ.
 ///
 /// It keeps one connection for publishing (and topology) and one for consuming, each on a thread of its own, opened when
 /// they are first needed: a broker that holds back publishers must not hold back acknowledgements.
@@ -69,7 +69,7 @@ public final class RabbitMQTransport: EventTransport, Service {
             try await cancelWhenGracefulShutdown { [self] in
                 while true {
                     do {
-                        return try await connection(publishing, name: "publish").ready(deadline: .now + .seconds(3600))
+                        return try await publishConnection.ready(deadline: .now + .seconds(3600))
                     } catch let error as EventsError where error.isRetriable {}
                 }
             }
@@ -82,14 +82,14 @@ public final class RabbitMQTransport: EventTransport, Service {
         }
     }
 
-    /// Waits up to `timeout` for confirms that somebody waits for, in a cancelled task too, then closes both connections.
-    /// Every later call throws ``SMAPEvents/EventsError/Code/closed``.
+    /// Waits for confirms that callers wait for, in a cancelled task too, then closes both connections. Returns within
+    /// `timeout`, whatever the broker does. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
     public func close(timeout: Duration = .seconds(10)) async {
-        let deadline = ContinuousClock.now + timeout
-        for slot in [
-            publishing.withLock({ slot in swap(&slot) }), consuming.withLock({ slot in swap(&slot) }),
-        ] {
-            if case .connection(let connection) = slot { await connection.close(deadline: deadline) }
+        let slots = [publishing.withLock { slot in swap(&slot) }, consuming.withLock { slot in swap(&slot) }]
+        await withTaskGroup { group in
+            for case .connection(let connection) in slots {
+                group.addTask { await connection.close(timeout: timeout) }
+            }
         }
         observers.finish()
     }
@@ -99,17 +99,25 @@ public final class RabbitMQTransport: EventTransport, Service {
         return slot
     }
 
-    private func connection(_ slot: borrowing Mutex<Slot>, name: String) throws -> RabbitMQConnection {
+    private var publishConnection: RabbitMQConnection {
+        get throws { try connection(publishing, name: "publish", isForPublishing: true) }
+    }
+
+    private var consumeConnection: RabbitMQConnection {
+        get throws { try connection(consuming, name: "consume", isForPublishing: false) }
+    }
+
+    private func connection(
+        _ slot: borrowing Mutex<Slot>, name: String, isForPublishing: Bool
+    ) throws -> RabbitMQConnection {
         try slot.withLock { slot in
             switch slot {
             case .connection(let connection): return connection
             case .closed: throw EventsError(.closed, "the transport is closed", operation: "connect")
             case .idle:
                 let connection = try RabbitMQConnection(
-                    configuration, name: name, logger: logger, topology: topology
-                ) {
-                    [observers] in observers.tell($0)
-                }
+                    configuration, name: name, isForPublishing: isForPublishing, logger: logger, topology: topology
+                ) { [observers] in observers.tell($0) }
                 slot = .connection(connection)
                 return connection
             }
@@ -127,66 +135,141 @@ public final class RabbitMQTransport: EventTransport, Service {
         let isBlocked = publishing.withLock { slot in
             if case .connection(let connection) = slot { connection.status.state == .blocked } else { false }
         }
-        return isConsuming || isBlocked
-            ? try connection(consuming, name: "consume") : try connection(publishing, name: "publish")
+        return isConsuming || isBlocked ? try consumeConnection : try publishConnection
+    }
+
+    /// Throws `invalidName` for what an AMQP short string does not hold, before anything is sent.
+    private static func check(_ name: String, _ what: String, _ operation: String) throws {
+        guard name.utf8.count <= 255 else {
+            throw EventsError(
+                .invalidName, "\(what) has \(name.utf8.count) bytes, and the limit is 255", operation: operation)
+        }
+        guard name.utf8.allSatisfy({ $0 >= 0x20 && $0 != 0x7F }) else {
+            throw EventsError(.invalidName, "\(what) has a control character", operation: operation)
+        }
+    }
+
+    private static func check(_ exchange: ExchangeDeclaration, _ operation: String) throws {
+        try check(exchange.name, "the exchange's name", operation)
+    }
+
+    private static func check(_ queue: QueueDeclaration, _ operation: String) throws {
+        for (name, value) in queue.arguments {
+            try check(name, "the name of an argument", operation)
+            guard case .string(let text) = value else { continue }
+            guard text.utf8.count <= 4_096 else {
+                throw EventsError(
+                    .invalidName, "the argument \(name) has \(text.utf8.count) bytes, and the limit is 4096",
+                    operation: operation)
+            }
+        }
+        guard queue.arguments.count <= 64 else {
+            throw EventsError(
+                .invalidName, "the queue has \(queue.arguments.count) arguments, and the limit is 64",
+                operation: operation)
+        }
     }
 
     // MARK: EventTransport
 
     /// See ``SMAPEvents/EventTransport``.
     public func declare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
-        _ = try await topologyConnection()
-            .call(.declareExchange(exchange), "declare exchange \(exchange.name)", deadline: deadline)
+        let name = "declare exchange \(exchange.name)"
+        try Self.check(exchange, "declare exchange")
+        _ = try await topologyConnection().request(.declareExchange(exchange), name: name, deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     @discardableResult
     public func declare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-        let reply = try await topologyConnection()
-            .call(.declareQueue(queue), "declare queue \(queue.name)", deadline: deadline)
-        guard case .queue(let status) = reply else { return QueueStatus(messages: 0, consumers: 0) }
-        return status
+        let name = "declare queue \(queue.name)"
+        try Self.check(queue, name)
+        return Self.status(
+            try await topologyConnection().request(.declareQueue(queue), name: name, deadline: deadline))
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func bind(
         _ queue: QueueName, to exchange: String, routingKey: String, deadline: ContinuousClock.Instant
     ) async throws {
-        _ = try await topologyConnection().call(
-            .bind(QueueBinding(queue: queue, exchange: exchange, routingKey: routingKey)),
-            "bind \(queue) to \(exchange)", deadline: deadline)
+        try Self.check(exchange, "the exchange's name", "bind \(queue)")
+        let name = "bind \(queue) to \(exchange)"
+        try Self.check(routingKey, "the routing key", name)
+        _ = try await topologyConnection().request(
+            .bind(QueueBinding(queue: queue, exchange: exchange, routingKey: routingKey)), name: name,
+            deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func checkExchange(_ name: String, deadline: ContinuousClock.Instant) async throws {
+        try Self.check(name, "the exchange's name", "check exchange")
         _ = try await topologyConnection()
-            .call(.checkExchange(name), "check exchange \(name)", deadline: deadline)
+            .request(.checkExchange(name), name: "check exchange \(name)", deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func status(of queue: QueueName, deadline: ContinuousClock.Instant) async throws -> QueueStatus {
-        let reply = try await topologyConnection()
-            .call(.checkQueue(queue), "check queue \(queue)", deadline: deadline)
+        Self.status(
+            try await topologyConnection()
+                .request(.checkQueue(queue), name: "check queue \(queue)", deadline: deadline))
+    }
+
+    private static func status(_ reply: BrokerRequest.Reply) -> QueueStatus {
         guard case .queue(let status) = reply else { return QueueStatus(messages: 0, consumers: 0) }
         return status
     }
 
-    /// The health of the connection for publishing. It starts connecting if nobody has yet, and does not wait for it.
+    /// See ``SMAPEvents/EventTransport``.
+    public func compare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
+        try Self.check(exchange, "compare exchange")
+        _ = try await topologyConnection()
+            .request(.compareExchange(exchange), name: "compare exchange \(exchange.name)", deadline: deadline)
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func compare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws {
+        let name = "compare queue \(queue.name)"
+        try Self.check(queue, name)
+        _ = try await topologyConnection().request(.compareQueue(queue), name: name, deadline: deadline)
+    }
+
+    /// The health of the connection for publishing. It starts connecting if no call has yet, and does not wait for it.
     public func health() async -> Health {
         do {
-            let (state, reason) = try connection(publishing, name: "publish").status
-            if state == .open { return Health() }
-            return Health(problems: ["publishing: \(state)" + (reason.map { ": \($0)" } ?? "")])
+            return Health(problems: try publishConnection.publishingProblems)
         } catch {
             return Health(problems: ["publishing: \(error)"])
         }
     }
 
     /// See ``SMAPEvents/EventTransport``.
+    public func reserve(
+        _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
+    ) async throws -> PublishReservation {
+        try await publishConnection.reserve(count, bytes: bytes, for: destination, deadline: deadline)
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
     public func publish(
-        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
     ) async throws -> Bool {
-        try await connection(publishing, name: "publish").publish(deadline: deadline, message)
+        try await publishConnection.publish(message, using: reservation, deadline: deadline)
+    }
+
+    /// See ``SMAPEvents/EventTransport``.
+    public func publish(
+        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
+    ) async -> [Result<Bool, EventsError>] {
+        let connection: RabbitMQConnection
+        do {
+            connection = try publishConnection
+        } catch {
+            let error = error as? EventsError ?? EventsError(.unsent, "\(type(of: error))", operation: "publish")
+            return Array(repeating: .failure(error), count: messages.count)
+        }
+        return await connection.publish(contentsOf: messages, using: reservation, deadline: deadline)
     }
 
     /// The queue that stands for the channel it is named on.
@@ -194,13 +277,14 @@ public final class RabbitMQTransport: EventTransport, Service {
 
     /// See ``SMAPEvents/EventTransport``.
     public func request(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> InboundDelivery {
-        let connection = try connection(publishing, name: "publish")
+        let connection = try publishConnection
+        try await connection.consumeReplies(deadline: deadline)
         var message = message
         let correlationID = message.properties.correlationID ?? EventID().rawValue
         message.properties.correlationID = correlationID
         message.properties.replyTo = Self.directReplyTo
         return try await connection.replies.request(correlationID, deadline: deadline) { [message] in
-            try await connection.publish(deadline: deadline) { message }
+            try await self.publish(message, deadline: deadline)
         }
     }
 
@@ -213,18 +297,18 @@ public final class RabbitMQTransport: EventTransport, Service {
             throw EventsError(
                 .invalidConfiguration, "prefetch is 1 to 65535", operation: "consume from \(queue)")
         }
-        let connection = try connection(consuming, name: "consume")
+        let connection = try consumeConnection
         let consumer = Consumer(queue: queue, prefetch: prefetch, connection: connection)
         let result: Swift.Result<Result, any Error>
         do {
-            _ = try await connection.call(.consume(consumer), "consume from \(queue)", deadline: deadline)
+            _ = try await connection.request(.consume(consumer), name: "consume from \(queue)", deadline: deadline)
             result = .success(try await body(consumer))
         } catch {
             result = .failure(error)
         }
         // With its channel gone, there is nothing to close.
         if consumer.isChannelOpen {
-            await connection.finish(.closeConsumer(consumer), "close the consumer of \(queue)")
+            await connection.finish(.closeConsumer(consumer), name: "close the consumer of \(queue)")
         }
         consumer.fail(EventsError(.closed, "the consumer has ended", operation: "consume from \(queue)"))
         return try result.get()

@@ -7,6 +7,7 @@ final class RedisConnection: Sendable {
     let configuration: RedisConfiguration
     private let pipeline: Mutex<RedisPipeline>
     private let closed = Atomic<Bool>(false)
+    private let threadEnd = Latch()
     // Set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
     /// Told of the channel of each message that comes by subscription.
@@ -33,9 +34,12 @@ final class RedisConnection: Sendable {
                 switch error {
                 case let error as SocketError:
                     self.end(EventsError(.connectionFailed, error.description, operation: operation))
+                case let error as TLSError: self.end(RedisFailure.error(error, operation: operation))
                 case let error as EventsError: self.end(error)
                 default: self.end(EventsError(.connectionFailed, "\(type(of: error))", operation: operation))
                 }
+            } ended: { [threadEnd] in
+                threadEnd.open()
             }
         } catch let error as SocketError {
             throw EventsError(.connectionFailed, error.description, operation: "connect to \(configuration)")
@@ -55,7 +59,7 @@ final class RedisConnection: Sendable {
                     }
                     return pipeline.submit(id, command, deadline: deadline, continuation)
                 }.give()
-                Watchdog.shared.look(by: deadline)
+                Watchdog.shared.schedule(at: deadline)
                 thread?.wake()
             }
         } onCancel: {
@@ -66,7 +70,7 @@ final class RedisConnection: Sendable {
     /// Ends the connection; whatever is under way fails.
     func close() async {
         drop(EventsError(.closed, "the store was closed", operation: "redis"))
-        await thread?.join()
+        await threadEnd.wait()
     }
 
     /// Ends the connection without waiting for that; whatever is under way fails with `error`.
@@ -88,7 +92,7 @@ final class RedisConnection: Sendable {
             pipeline.takeUnsent(into: &buffer, now: now)
             return pipeline.nextLook
         }
-        Watchdog.shared.look(by: next)
+        Watchdog.shared.schedule(at: next)
     }
 
     func replied(_ all: [RedisReply], now: MonotonicTime) -> Bool {

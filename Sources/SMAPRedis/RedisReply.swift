@@ -1,4 +1,5 @@
 internal import CHiredis
+internal import ConnectionThread
 internal import SMAPEvents
 
 /// A reply of RESP2.
@@ -44,6 +45,12 @@ enum RedisFailure {
     /// Whether the server has done nothing and may be able to, soon, or another one in its place.
     static func isPassing(_ text: String) -> Bool {
         error(text, operation: "").code == .storeUnavailable
+    }
+
+    static func error(_ failure: TLSError, _ server: String = "", operation: String) -> EventsError {
+        EventsError(
+            failure.kind == .invalidOptions ? .invalidConfiguration : .tlsFailed, server + failure.description,
+            operation: operation)
     }
 
     static func error(_ text: String, operation: String) -> EventsError {

@@ -9,6 +9,13 @@ import Glibc
 import Darwin
 #endif
 
+/// The end of a thread, for one task that waits for it.
+private final class ThreadEnd: Sendable {
+    private let ends = AsyncStream.makeStream(of: Void.self)
+    func finish() { ends.continuation.finish() }
+    func wait() async { for await _ in ends.stream {} }
+}
+
 /// Writes what is posted to its socket, and collects what it reads.
 private final class EchoDriver: ConnectionDriver {
     let descriptor: Int32
@@ -24,6 +31,7 @@ private final class EchoDriver: ConnectionDriver {
         let stalls = Atomic<Int>(0)
         let timer = Mutex<MonotonicTime?>(nil)
         let blockInRead = Atomic<Bool>(false)
+        let threadEnd = ThreadEnd()
     }
 
     struct PeerGone: Error {}
@@ -33,7 +41,7 @@ private final class EchoDriver: ConnectionDriver {
         self.shared = shared
     }
 
-    func round(now: MonotonicTime) throws -> Interest {
+    func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest {
         shared.rounds.add(1, ordering: .relaxed)
         for command in shared.mailbox.takeAll() {
             _ = command.withUnsafeBytes { Socket.send(descriptor, $0) }
@@ -46,7 +54,7 @@ private final class EchoDriver: ConnectionDriver {
         while true {
             switch buffer.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
             case .bytes(let count): shared.received.withLock { $0 += buffer[..<count] }
-            case .wouldBlock: return Interest(timer: shared.timer.withLock { $0 })
+            case .wouldBlock: return PollInterest(timer: shared.timer.withLock { $0 })
             case .closed: throw PeerGone()
             }
         }
@@ -71,13 +79,15 @@ private func withPair(
         onStall: { shared.stalls.add(1, ordering: .relaxed) })
     let mine = ends[0]
     try thread.start(name: "test", openLimit: .seconds(5)) { thread in
-        thread.guardSocket(mine)
+        try thread.registerSocket(mine)
         return EchoDriver(descriptor: mine, shared: shared)
     } failed: { _ in
+    } ended: {
+        shared.threadEnd.finish()
     }
     try await body(thread, shared, ends[1])
     thread.stop()
-    await thread.join()
+    await shared.threadEnd.wait()
     Socket.close(ends[0])
     Socket.close(ends[1])
 }
@@ -180,7 +190,7 @@ private func eventually(within limit: Duration = .seconds(60), _ condition: () -
     @Test func `a peer that goes away ends the thread with its error`() async throws {
         try await withPair { thread, shared, peer in
             _ = shutdown(peer, Int32(SHUT_RDWR))
-            await thread.join()
+            await shared.threadEnd.wait()
             let error = try #require(shared.ended.withLock { $0 })
             #expect(error is EchoDriver.PeerGone)
         }
@@ -191,7 +201,7 @@ private func eventually(within limit: Duration = .seconds(60), _ condition: () -
             #expect(await eventually { shared.rounds.load(ordering: .relaxed) >= 1 })
             shared.blockInRead.store(true, ordering: .relaxed)
             thread.wake()
-            await thread.join()
+            await shared.threadEnd.wait()
             #expect(shared.stalls.load(ordering: .relaxed) >= 1)
         }
     }
@@ -210,7 +220,7 @@ private func eventually(within limit: Duration = .seconds(60), _ condition: () -
         }) { _, _, _ in
             let due = MonotonicTime.now.advanced(by: .milliseconds(100))
             deadline.withLock { $0 = due }
-            Watchdog.shared.look(by: due)
+            Watchdog.shared.schedule(at: due)
             #expect(await eventually { ended.load(ordering: .relaxed) })
         }
     }

@@ -138,7 +138,7 @@ import Testing
                                 "x-smap-attempts": .integer(5),
                                 "x-smap-error-type": .string(number % 2 == 0 ? "Even" : "Odd"),
                             ]), body: Array(#"{"n":\#(number)}"#.utf8))
-                    guard try await transport.publish(deadline: .now + .seconds(60), { message }) else { return "" }
+                    guard try await transport.publish(message, deadline: .now + .seconds(60)) else { return "" }
                     return id
                 }
             }

@@ -49,7 +49,8 @@ import Testing
             configuration.heartbeat = .seconds(2)
             try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
                 let publisher = publisher(transport)
-                try await publisher.declareExchanges()
+                try await EventSubscription(queue: "fault.cut", bindings: [TopicPattern(Numbered.routingKey)]).topology
+                    .apply(to: transport)
                 let faults: [(String, @Sendable () -> Void)] = [
                     ("cut", { proxy.cut() }), ("half-close", { proxy.halfClose(toward: .server) }),
                     ("stall", { proxy.fault = .stall }),

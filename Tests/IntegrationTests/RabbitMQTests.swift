@@ -209,10 +209,10 @@ import Testing
         // The broker closes the channel, and replies come to channels.
         try await request(2, endsWith: .connectionLost) { transport in
             let error = await #expect(throws: EventsError.self) {
-                try await transport.publish(deadline: .now + .seconds(20)) {
+                try await transport.publish(
                     OutboundMessage(
-                        exchange: "test.missing", routingKey: "x", properties: MessageProperties(), body: [])
-                }
+                        exchange: "test.missing", routingKey: "x", properties: MessageProperties(), body: []),
+                    deadline: .now + .seconds(20))
             }
             #expect(error?.code == .exchangeNotFound)
         }

@@ -4,16 +4,19 @@ import SMAPEventsTesting
 /// The broker in memory, with something happening at the moments that matter.
 struct InterceptedTransport: EventTransport {
     let broker: InMemoryBroker
+    /// What happens before a message is published.
+    var publishing: @Sendable (OutboundMessage) throws -> Void = { _ in }
     /// What happens once a message has been published.
     var published: @Sendable (OutboundMessage) -> Void = { _ in }
     /// What happens before a consumer is started.
     var consuming: @Sendable () throws -> Void = {}
 
     func publish(
-        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
     ) async throws -> Bool {
-        let message = try message()
-        let isRouted = try await broker.publish(deadline: deadline) { message }
+        try publishing(message)
+        let isRouted = try await broker.publish(message, deadline: deadline)
         published(message)
         return isRouted
     }

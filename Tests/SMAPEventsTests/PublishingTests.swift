@@ -2,6 +2,7 @@ import Configuration
 import Foundation
 import SMAPEvents
 import SMAPEventsTesting
+import Synchronization
 import Testing
 
 private let mail = EmailVerificationRequested(recipient: "a@b.c", subject: "s", body: "b")
@@ -196,20 +197,83 @@ private struct Surroundings {
         #expect(receipt.legs.map(\.exchange) == [ExchangeName.events, ExchangeName.legacyEmail])
     }
 
-    @Test func `a leg that is back before the deadline is completed by the same call`() async throws {
+    @Test func `a leg that is nacked for a while is completed by the same call`() async throws {
         let broker = InMemoryBroker()
         let deadline = ContinuousClock.now + .seconds(20)
         try await broker.declare(.events, deadline: deadline)
-        let publisher = DualPublisher(
-            transport: broker, configuration: PublisherConfiguration(service: "s"), phase: .dual)
+        try await broker.declare(.legacyEmail, deadline: deadline)
         try await broker.declare(QueueDeclaration("t.topic"), deadline: deadline)
         try await broker.bind("t.topic", to: ExchangeName.events, routingKey: "#", deadline: deadline)
-        async let published = publisher.publish(mail, options: PublishOptions(deadline: .seconds(20)))
-        while broker.messages(in: "t.topic").isEmpty { await Task.yield() }
-        try await broker.declare(.legacyEmail, deadline: deadline)
-        let receipt = try await published
+        let refusals = Mutex(2)
+        var transport = InterceptedTransport(broker: broker)
+        transport.publishing = { message in
+            guard message.exchange == ExchangeName.legacyEmail else { return }
+            let isRefused = refusals.withLock { left in
+                left -= 1
+                return left >= 0
+            }
+            if isRefused { throw EventsError(.nacked, "full", operation: "publish") }
+        }
+        let publisher = DualPublisher(
+            transport: transport, configuration: PublisherConfiguration(service: "s"), phase: .dual)
+        let receipt = try await publisher.publish(mail, options: PublishOptions(deadline: .seconds(20)))
         #expect(receipt.legs.map(\.exchange) == [ExchangeName.events, ExchangeName.legacyEmail])
         #expect(broker.messages(in: "t.topic").count == 1, "the leg that was there is not sent again")
+        #expect(refusals.withLock { $0 } < 0)
+    }
+
+    @Test func `a leg that no repetition completes ends the call at once, not to be repeated`() async throws {
+        let broker = InMemoryBroker()
+        try await broker.declare(.events, deadline: .now + .seconds(5))
+        let publisher = DualPublisher(
+            transport: broker, configuration: PublisherConfiguration(service: "s"), phase: .dual)
+        let start = ContinuousClock.now
+        let error = await #expect(throws: EventsError.self) {
+            try await publisher.publish(mail, options: PublishOptions(deadline: .seconds(600)))
+        }
+        #expect(error?.code == .exchangeNotFound && error?.isRetriable == false)
+        #expect(error?.publishOutcome == .unknown, "the other leg is out")
+        #expect(error?.missingLegs == [ExchangeName.legacyEmail])
+        #expect(.now - start < .seconds(300))
+    }
+
+    @Test func `what one leg cannot carry reaches neither`() async throws {
+        let here = try await Surroundings()
+        for options in [
+            PublishOptions(tenantID: "a\nb"), PublishOptions(userID: String(repeating: "u", count: 70_000)),
+        ] {
+            let error = await #expect(throws: EventsError.self) {
+                try await here.dual(.dual).publish(mail, options: options)
+            }
+            #expect(error?.publishOutcome == .rejected)
+            #expect(error?.isRetriable == false)
+        }
+        #expect(here.topic.isEmpty && here.legacy.isEmpty)
+    }
+
+    @Test func `a list of mails and other events goes out whole, each with its own receipt`() async throws {
+        let here = try await Surroundings()
+        let data = Array(#"{"recipient":"a@b.c","subject":"s","body":"b"}"#.utf8)
+        let ids = (0..<4).map { _ in EventID() }
+        let events = [
+            UntypedEvent(routingKey: "email.verification.requested", data: data, eventID: ids[0]),
+            UntypedEvent(routingKey: "thing.made", data: Array("{}".utf8), eventID: ids[1]),
+            UntypedEvent(routingKey: "thing.made", data: Array("{".utf8), eventID: ids[2]),
+            UntypedEvent(routingKey: "email.verification.requested", data: data, eventID: ids[3]),
+        ]
+        let results = await here.dual(.dual).publish(contentsOf: events)
+        #expect(results.count == 4)
+        #expect(try results[0].get().legs.count == 2)
+        #expect(try results[1].get().legs.count == 1)
+        #expect(throws: EventsError.self) { try results[2].get() }
+        #expect(try [0, 1, 3].map { try results[$0].get().eventID } == [0, 1, 3].map { ids[$0] })
+        #expect(here.topic.count == 3)
+        #expect(here.legacy.count == 2)
+        let mails = await here.dual(.dual).publish(
+            contentsOf: [mail, mail], ids: [ids[0], ids[1]], options: PublishOptions())
+        #expect(try mails.map { try $0.get().eventID } == [ids[0], ids[1]])
+        let wrong = await here.dual(.dual).publish(contentsOf: [mail], ids: [], options: PublishOptions())
+        #expect(throws: EventsError.self) { try wrong[0].get() }
     }
 
     @Test(arguments: [

@@ -15,10 +15,10 @@ private let queue: QueueName = "test.queue"
     }
 
     private func raw(_ broker: InMemoryBroker, _ body: String, key: String = "user.registered") async throws {
-        _ = try await broker.publish(deadline: .now + .seconds(5)) {
+        try await broker.publish(
             OutboundMessage(
-                exchange: ExchangeName.events, routingKey: key, properties: MessageProperties(), body: Array(body.utf8))
-        }
+                exchange: ExchangeName.events, routingKey: key, properties: MessageProperties(), body: Array(body.utf8)),
+            deadline: .now + .seconds(5))
     }
 
     @Test func `the first handler that matches takes an event`() async throws {

@@ -32,6 +32,8 @@ enum EventCatalogue {
 
     static func shape(of key: RoutingKey) -> EventShape? { entries[key]?.shape }
 
+    static func schemaVersion(of key: RoutingKey) -> Int? { entries[key]?.schemaVersion }
+
     /// Fills in what the catalogue knows of an event, after its checks. Events that it does not know pass.
     static func complete(_ envelope: inout EventEnvelope) throws {
         guard let key = envelope.routingKey, let entry = entries[key] else { return }

@@ -85,7 +85,7 @@ public struct DeadLetterQueue: Sendable {
                     .eventTooLarge, "a message is larger than the transport takes", operation: "replay")
             }
             let copy = letter.replay(to: queue)
-            guard try await transport.publish(deadline: .now + .seconds(30), { copy }) else {
+            guard try await transport.publish(copy, deadline: .now + .seconds(30)) else {
                 throw EventsError(
                     .unroutable, "\(queue) is not bound to \(ExchangeName.requeue)", operation: "replay")
             }

@@ -5,6 +5,28 @@ extension EventEnvelope {
     /// Throws ``EventsError/Code/eventTooLarge`` over 256 KiB (``sizeLimit``), and ``EventsError/Code/invalidEvent``
     /// when the data is not a JSON object or a routing key is missing.
     public func serialized(shape: EventShape = .nested) throws -> [UInt8] {
+        try serialized(shape: shape, identity: nil)
+    }
+
+    /// The fields of the payload that say who has published what.
+    static func identity(service: String?, routingKey: RoutingKey) -> [UInt8] {
+        var bytes: [UInt8] = []
+        if let service {
+            bytes.append(literal: "\"service\":")
+            bytes.append(json: service)
+            bytes.append(literal: ",")
+        }
+        // A routing key has no characters that JSON escapes.
+        bytes.append(literal: "\"action\":\"")
+        bytes.append(contentsOf: routingKey.action.utf8)
+        bytes.append(literal: "\",\"routing_key\":\"")
+        bytes.append(contentsOf: routingKey.rawValue.utf8)
+        bytes.append(literal: "\"")
+        return bytes
+    }
+
+    /// - Parameter identity: ``identity(service:routingKey:)`` of this envelope, where it is known.
+    func serialized(shape: EventShape, identity: [UInt8]?) throws -> [UInt8] {
         guard let routingKey else {
             throw EventsError(
                 .invalidEvent, "an envelope is written with a routing key", operation: "publish", eventID: eventID)
@@ -21,17 +43,7 @@ extension EventEnvelope {
             bytes.append(json: projectID.rawValue)
             bytes.append(literal: ",")
         }
-        if let service {
-            bytes.append(literal: "\"service\":")
-            bytes.append(json: service)
-            bytes.append(literal: ",")
-        }
-        // A routing key has no characters that JSON escapes.
-        bytes.append(literal: "\"action\":\"")
-        bytes.append(contentsOf: routingKey.action.utf8)
-        bytes.append(literal: "\",\"routing_key\":\"")
-        bytes.append(contentsOf: routingKey.rawValue.utf8)
-        bytes.append(literal: "\"")
+        bytes.append(contentsOf: identity ?? Self.identity(service: service, routingKey: routingKey))
         if let idempotencyKey {
             bytes.append(literal: ",\"idempotency_key\":")
             bytes.append(json: idempotencyKey)

@@ -22,8 +22,6 @@ public struct DualPublisher: EventPublishing {
     private let configuration: PublisherConfiguration
     private let phase: MigrationPhase
     private let logger: Logger
-    private let tracing: MessageTracing
-    private let depth: QueueDepthWatch?
 
     private final class Deprecation: Sendable {
         let warned = Mutex<Set<RoutingKey>>([])
@@ -41,11 +39,9 @@ public struct DualPublisher: EventPublishing {
         self.transport = transport
         self.topic = EventPublisher(
             transport: transport, configuration: configuration, depth: depth, logger: logger)
-        self.depth = depth
         self.configuration = configuration
         self.phase = phase
         self.logger = logger
-        self.tracing = MessageTracing(configuration.tracer)
     }
 
     /// Makes sure that the topic exchange exists and, unless the migration is over, the legacy one.
@@ -77,6 +73,8 @@ public struct DualPublisher: EventPublishing {
         guard phase.publishesLegacy, event.routingKey == EmailVerificationRequested.routingKey else {
             return try await publishTopicOnly(event.routingKey) { try await topic.publish(event, options: options) }
         }
+        var options = options
+        options.eventID = event.eventID ?? options.eventID
         return try await publishBoth(event.routingKey, options) { eventID, options in
             try EventEnvelope.checkData(event.data, operation: "publish")
             // The catalogue checks the data, so it decodes.
@@ -85,6 +83,34 @@ public struct DualPublisher: EventPublishing {
                 try LegacyEmailMessage(EventJSON.decode(EmailVerificationRequested.self, from: event.data)), message
             )
         }
+    }
+
+    /// See ``EventPublishing``. Mails go one by one, since both legs of each must be confirmed; other events in one go.
+    public func publish<E: SMAPEvent>(
+        contentsOf events: [E], ids: [EventID]?, options: PublishOptions
+    ) async -> [Result<PublishReceipt, EventsError>] {
+        guard phase.publishesTopic, !(phase.publishesLegacy && E.self == EmailVerificationRequested.self) else {
+            return await publishEach(events, ids: ids, options: options)
+        }
+        return await topic.publish(contentsOf: events, ids: ids, options: options)
+    }
+
+    /// See ``EventPublishing``. Mails go one by one, since both legs of each must be confirmed; other events in one go.
+    public func publish(
+        contentsOf events: [UntypedEvent], options: PublishOptions
+    ) async -> [Result<PublishReceipt, EventsError>] {
+        var results = [Result<PublishReceipt, EventsError>?](repeating: nil, count: events.count)
+        let isSingle = events.map { event in
+            !phase.publishesTopic
+                || (phase.publishesLegacy && event.routingKey == EmailVerificationRequested.routingKey)
+        }
+        let together = events.indices.filter { !isSingle[$0] }
+        let single = events.indices.filter { isSingle[$0] }
+        async let published = topic.publish(contentsOf: together.map { events[$0] }, options: options)
+        let others = await publishEach(single.map { events[$0] }, options: options)
+        for (index, result) in zip(together, await published) { results[index] = result }
+        for (index, result) in zip(single, others) { results[index] = result }
+        return results.compactMap { $0 }
     }
 
     private func publishTopicOnly(
@@ -105,36 +131,37 @@ public struct DualPublisher: EventPublishing {
         var options = options
         let eventID = options.eventID ?? EventID()
         options.timestamp = options.timestamp ?? Date()
-        let (form, message): (LegacyEmailMessage, OutboundMessage)
+        let (legacyMessage, message): (OutboundMessage, OutboundMessage)
         do {
-            (form, message) = try forms(eventID, options)
-            try depth?.check()
+            let (form, topicMessage) = try forms(eventID, options)
+            message = topicMessage
+            legacyMessage = self.message(form, eventID, options)
+            // What one leg cannot carry is rejected before the other has gone out.
+            try message.validate()
+            try legacyMessage.validate()
+            try topic.depth?.check()
         } catch let error as EventsError {
             throw error.with(eventID: eventID)
         }
         warnOnce(key)
         let shared = options
+        let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
+        let send: @Sendable (OutboundMessage) async throws -> [PublishReceipt.Leg] = { message in
+            try await topic.publish(message, key: key, eventID, shared, deadline: deadline).legs
+        }
         guard phase.publishesTopic else {
-            let leg = try await publishLegacy(form, eventID, shared)
-            return PublishReceipt(eventID: eventID, routingKey: key, legs: [leg])
+            return PublishReceipt(eventID: eventID, routingKey: key, legs: try await send(legacyMessage))
         }
 
-        let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
-        let sendTopic: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg] = { options in
-            try await topic.send(key, eventID, options, message: { message }).legs
-        }
-        let sendLegacy: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg] = { options in
-            [try await publishLegacy(form, eventID, options)]
-        }
-        async let topicResult = outcome { try await sendTopic(shared) }
-        async let legacyResult = outcome { try await sendLegacy(shared) }
+        async let topicResult = outcome { try await send(message) }
+        async let legacyResult = outcome { try await send(legacyMessage) }
         var results = await [
             (configuration.exchange, topicResult), (ExchangeName.legacyEmail, legacyResult),
         ]
         // One leg alone is what must not be: the other is tried for as long as there is time.
-        for (index, send) in [sendTopic, sendLegacy].enumerated() {
+        for (index, leg) in [message, legacyMessage].enumerated() {
             if case .success = results[1 - index].1, case .failure(let error) = results[index].1 {
-                results[index].1 = await complete(error, deadline, shared, send)
+                results[index].1 = await complete(error, deadline) { try await send(leg) }
             }
         }
         try Task.checkCancellation()
@@ -150,19 +177,22 @@ public struct DualPublisher: EventPublishing {
         }
         guard let first = failures.first else { return PublishReceipt(eventID: eventID, routingKey: key, legs: legs) }
         // Unknown wins: an event that may be on one leg must be repeated under this id, not under a new one.
-        let cause = failures.compactMap { $0.error as? EventsError }
-        let worst = cause.first { $0.code == .unknownOutcome } ?? cause.first
+        let causes = failures.compactMap { $0.error as? EventsError }
+        let worst = causes.first { $0.publishOutcome == .unknown } ?? causes.first { !$0.isRetriable } ?? causes.first
         let missing = failures.map(\.exchange)
+        // What no repetition completes keeps its code, which is not retriable; that one leg is out makes its end unknown.
+        let code = worst.map { $0.isRetriable && !legs.isEmpty ? .unknownOutcome : $0.code } ?? .unsent
         throw EventsError(
-            legs.isEmpty ? worst?.code ?? .unsent : .unknownOutcome,
+            code,
             "not confirmed by \(missing.joined(separator: " and ")): \(worst?.message ?? "\(type(of: first.error))")",
-            operation: "publish", eventID: eventID, missingLegs: missing, underlying: first.error)
+            operation: "publish", eventID: eventID, missingLegs: missing, underlying: first.error,
+            outcome: legs.isEmpty ? worst?.publishOutcome : .unknown)
     }
 
     /// Tries a leg again until it is confirmed, the deadline has passed, or its error is not worth it.
     private func complete(
-        _ error: any Error, _ deadline: ContinuousClock.Instant, _ options: PublishOptions,
-        _ send: @Sendable (PublishOptions) async throws -> [PublishReceipt.Leg]
+        _ error: any Error, _ deadline: ContinuousClock.Instant,
+        _ send: @Sendable () async throws -> [PublishReceipt.Leg]
     ) async -> Result<[PublishReceipt.Leg], any Error> {
         var failure = error
         let backoff = Backoff(first: .milliseconds(100), longest: .seconds(2))
@@ -171,9 +201,7 @@ public struct DualPublisher: EventPublishing {
             failures += 1
             let pause = backoff.delay(after: failures)
             guard ContinuousClock.now + pause < deadline, (try? await Task.sleep(for: pause)) != nil else { break }
-            var options = options
-            options.deadline = deadline - .now
-            do { return .success(try await send(options)) } catch { failure = error }
+            do { return .success(try await send()) } catch { failure = error }
         }
         return .failure(failure)
     }
@@ -184,30 +212,16 @@ public struct DualPublisher: EventPublishing {
         do { return .success(try await body()) } catch { return .failure(error) }
     }
 
-    private func publishLegacy(
+    private func message(
         _ form: LegacyEmailMessage, _ eventID: EventID, _ options: PublishOptions
-    ) async throws -> PublishReceipt.Leg {
-        do {
-            let deadline = ContinuousClock.now + (options.deadline ?? configuration.deadline)
-            let routed = try await tracing.publish(
-                to: ExchangeName.legacyEmail, key: "", eventID: eventID, over: transport, deadline: deadline
-            ) {
-                OutboundMessage(
-                    exchange: ExchangeName.legacyEmail, routingKey: "",
-                    properties: MessageProperties(
-                        contentType: "text/plain", messageID: eventID.rawValue, appID: configuration.service,
-                        correlationID: options.correlationID, timestamp: options.timestamp,
-                        headers: ["x-smap-event-id": .string(eventID.rawValue)]),
-                    body: form.serialized())
-            }
-            if !routed, options.requireRoute {
-                throw EventsError(
-                    .unroutable, "no queue is bound to \(ExchangeName.legacyEmail)", operation: "publish")
-            }
-            return PublishReceipt.Leg(exchange: ExchangeName.legacyEmail, routed: routed)
-        } catch let error as EventsError {
-            throw error.with(eventID: eventID)
-        }
+    ) -> OutboundMessage {
+        OutboundMessage(
+            exchange: ExchangeName.legacyEmail, routingKey: "",
+            properties: MessageProperties(
+                contentType: "text/plain", messageID: eventID.rawValue, appID: configuration.service,
+                correlationID: options.correlationID, timestamp: options.timestamp,
+                headers: ["x-smap-event-id": .string(eventID.rawValue)]),
+            body: form.serialized())
     }
 
     private func warnOnce(_ key: RoutingKey) {

@@ -12,28 +12,61 @@ struct MessageTracing: Sendable {
         self.tracer = tracer is NoOpTracer ? nil : tracer
     }
 
-    /// Publishes a message within a producer span, and with its context in the headers.
-    func publish(
-        to exchange: String, key: String, eventID: EventID, over transport: any EventTransport,
-        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
-    ) async throws -> Bool {
-        guard let tracer else { return try await transport.publish(deadline: deadline, message) }
-        return try await tracer.withAnySpan("publish \(exchange)", ofKind: .producer) { span in
-            Self.describe(span, "publish", type: "send", exchange: exchange, key: key)
+    /// Publishes within a producer span.
+    ///
+    /// - Parameter send: Publishes, with the headers of the span's context; none if there is no span.
+    func publish<Result: Sendable>(
+        to destination: PublishDestination, eventID: EventID,
+        _ send: ([String: MessageProperties.HeaderValue]) async throws -> Result
+    ) async throws -> Result {
+        guard let tracer else { return try await send([:]) }
+        return try await tracer.withAnySpan("publish \(destination.exchange)", ofKind: .producer) { span in
+            Self.describe(
+                span, "publish", type: "send", exchange: destination.exchange, key: destination.routingKey)
             span.attributes["messaging.message.id"] = eventID.rawValue
-            let context = span.context
+            var headers: [String: MessageProperties.HeaderValue] = [:]
+            tracer.inject(span.context, into: &headers, using: HeaderInjector())
             do {
-                return try await transport.publish(deadline: deadline) {
-                    var message = try message()
-                    tracer.inject(context, into: &message.properties.headers, using: HeaderInjector())
-                    return message
-                }
+                return try await send(Self.sendable(headers))
             } catch let error as EventsError {
                 span.attributes["error.type"] = error.code.description
                 throw error
             }
         }
     }
+
+    /// A producer span for one event of a list, which lasts no longer than this call; and the headers of its context.
+    func context(of eventID: EventID, to destination: PublishDestination) -> [String: MessageProperties.HeaderValue] {
+        guard let tracer else { return [:] }
+        return tracer.withAnySpan("publish \(destination.exchange)", ofKind: .producer) { span in
+            Self.describe(
+                span, "publish", type: "send", exchange: destination.exchange, key: destination.routingKey)
+            span.attributes["messaging.message.id"] = eventID.rawValue
+            var headers: [String: MessageProperties.HeaderValue] = [:]
+            tracer.inject(span.context, into: &headers, using: HeaderInjector())
+            return Self.sendable(headers)
+        }
+    }
+
+    /// The headers that can be sent. Others may come from the message that is being handled (`tracestate`, `baggage`): they
+    /// must not keep an event from being published.
+    private static func sendable(
+        _ headers: [String: MessageProperties.HeaderValue]
+    ) -> [String: MessageProperties.HeaderValue] {
+        var room = contextLimit
+        return headers.filter { name, value in
+            guard case .string(let text) = value, (1...128).contains(name.utf8.count), OutboundMessage.isPlain(name),
+                OutboundMessage.isPlain(text), !["cc", "bcc"].contains(name.lowercased())
+            else { return false }
+            let size = name.utf8.count + text.utf8.count + 16
+            guard size <= room else { return false }
+            room -= size
+            return true
+        }
+    }
+
+    /// W3C baggage asks for 8,192 bytes to be carried; this has room for that and for a trace context.
+    private static let contextLimit = 12 * 1024
 
     /// Handles a delivery within a consumer span, which continues the trace of whoever published it and is linked to it.
     func process<Result: Sendable>(

@@ -12,16 +12,19 @@ public struct UntypedEvent: Sendable, Hashable {
     public var idempotencyKey: String?
     /// Where the fields stand in the payload. By default as the catalogue says, else nested.
     public var shape: EventShape?
+    /// The event's id; by default the one in ``PublishOptions``, else a new one. In a list each event needs its own.
+    public var eventID: EventID?
 
     /// Puts an event together.
     public init(
         routingKey: RoutingKey, data: [UInt8], projectID: ProjectID? = nil, idempotencyKey: String? = nil,
-        shape: EventShape? = nil
+        shape: EventShape? = nil, eventID: EventID? = nil
     ) {
         self.routingKey = routingKey
         self.data = data
         self.projectID = projectID
         self.idempotencyKey = idempotencyKey
         self.shape = shape
+        self.eventID = eventID
     }
 }

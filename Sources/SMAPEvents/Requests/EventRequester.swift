@@ -1,3 +1,5 @@
+public import Logging
+
 #if canImport(FoundationEssentials)
 internal import FoundationEssentials
 #else
@@ -10,15 +12,20 @@ internal import Foundation
 /// reply-to, which is neither: it is lost with a connection, and then the call throws. Ask only what may be asked twice. On
 /// the other side stands ``EventRouter/onRequest(_:matching:_:)``.
 public struct EventRequester: Sendable {
-    private let transport: any EventTransport
     private let publisher: EventPublisher
-    private let configuration: PublisherConfiguration
 
-    /// Makes a requester.
-    public init(transport: any EventTransport, configuration: PublisherConfiguration) {
-        self.transport = transport
-        self.configuration = configuration
-        publisher = EventPublisher(transport: transport, configuration: configuration)
+    /// Creates a requester. It does not own the transport: the caller runs and closes it.
+    ///
+    /// - Parameters:
+    ///   - transport: What carries requests and replies.
+    ///   - configuration: The service's name, the exchange, the default deadline and the tracer.
+    ///   - depth: Refuses requests while a watched queue is too deep. No limit by default.
+    ///   - logger: Logs each request as a publish.
+    public init(
+        transport: any EventTransport, configuration: PublisherConfiguration, depth: QueueDepthWatch? = nil,
+        logger: Logger = .silent
+    ) {
+        publisher = EventPublisher(transport: transport, configuration: configuration, depth: depth, logger: logger)
     }
 
     /// Asks, and returns the reply.
@@ -32,16 +39,8 @@ public struct EventRequester: Sendable {
         _ question: Question, reply: Reply.Type = Reply.self, options: PublishOptions = PublishOptions()
     ) async throws -> Reply {
         let eventID = options.eventID ?? EventID()
-        let span = options.deadline ?? configuration.deadline
-        let deadline = ContinuousClock.now + span
+        let answer = try await publisher.request(question, eventID, options)
         do {
-            try question.validate()
-            var message = try publisher.message(for: question, eventID, options)
-            let correlationID = EventID().rawValue
-            message.properties.correlationID = correlationID
-            message.properties.headers[RequestHeader.deadline] = .integer(
-                Int64((Date().timeIntervalSince1970 + span / .seconds(1)) * 1000))
-            let answer = try await transport.request(message, deadline: deadline)
             if let type = answer.text(RequestHeader.errorType) {
                 let reason = answer.text(HistoryHeader.reason) ?? ""
                 throw EventsError(.requestRejected, "\(type): \(reason)", operation: "request")

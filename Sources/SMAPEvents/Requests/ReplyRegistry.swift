@@ -1,10 +1,9 @@
 internal import Synchronization
 
-/// Who waits for which reply. For the transports of this package.
+/// The callers that wait for replies, by correlation id. For the transports of this package.
 package final class ReplyRegistry: Sendable {
     private struct Waiting {
-        var continuation: CheckedContinuation<InboundDelivery, any Error>?
-        var reply: Result<InboundDelivery, any Error>?
+        let waiter: Waiter<InboundDelivery>
         /// Whether the broker has the request: then its reply is lost with the connection.
         var isSent = false
     }
@@ -25,9 +24,10 @@ package final class ReplyRegistry: Sendable {
     package func request(
         _ correlationID: String, deadline: ContinuousClock.Instant, publish: @escaping @Sendable () async throws -> Bool
     ) async throws -> InboundDelivery {
+        let waiter = Waiter<InboundDelivery>()
         let isNew = state.withLock { state in
             guard state.waiting[correlationID] == nil else { return false }
-            state.waiting[correlationID] = Waiting()
+            state.waiting[correlationID] = Waiting(waiter: waiter)
             return true
         }
         guard isNew else {
@@ -35,56 +35,48 @@ package final class ReplyRegistry: Sendable {
                 .invalidEvent, "a request with this correlation id is under way", operation: "request")
         }
         defer { state.withLock { $0.waiting[correlationID] = nil } }
-        return try await withThrowingTaskGroup(of: InboundDelivery?.self) { group in
-            group.addTask { [self] in
-                guard try await publish() else {
-                    throw EventsError(.unroutable, "no queue is bound for the request", operation: "request")
-                }
-                sent(correlationID)
-                return nil
+        // Both are cancelled when this call ends. A reply may overtake the confirm of its request.
+        async let _ = send(correlationID, waiter, publish)
+        async let _ = expire(waiter, deadline)
+        return try await waiter.value()
+    }
+
+    private func send(
+        _ correlationID: String, _ waiter: Waiter<InboundDelivery>, _ publish: @Sendable () async throws -> Bool
+    ) async {
+        do {
+            guard try await publish() else {
+                throw EventsError(.unroutable, "no queue is bound for the request", operation: "request")
             }
-            group.addTask { try await self.reply(to: correlationID) }
-            group.addTask {
-                try await Task.sleep(until: deadline)
-                throw EventsError(.deadlineExceeded, "no reply by the deadline", operation: "request")
-            }
-            defer { group.cancelAll() }
-            while let reply = try await group.next() {
-                if let reply { return reply }
-            }
-            throw CancellationError()
+            sent(correlationID)
+        } catch {
+            waiter.resolve(.failure(error))
         }
     }
 
-    private func reply(to correlationID: String) async throws -> InboundDelivery {
-        try await withTaskCancellationHandler {
-            try await withCheckedThrowingContinuation { continuation in
-                let result = state.withLock { state -> Result<InboundDelivery, any Error>? in
-                    if Task.isCancelled { return .failure(CancellationError()) }
-                    if let reply = state.waiting[correlationID]?.reply { return reply }
-                    state.waiting[correlationID]?.continuation = continuation
-                    return nil
-                }
-                if let result { continuation.resume(with: result) }
-            }
-        } onCancel: {
-            answer(correlationID, .failure(CancellationError()))
+    private func expire(_ waiter: Waiter<InboundDelivery>, _ deadline: ContinuousClock.Instant) async {
+        do {
+            try await Task.sleep(until: deadline)
+            waiter.resolve(
+                .failure(EventsError(.deadlineExceeded, "no reply by the deadline", operation: "request")))
+        } catch {
+            // The call has ended.
         }
     }
 
-    /// Hands a reply to whoever waits for it; one that comes too late is dropped.
+    /// Hands a reply to the caller that waits for it; one that comes too late is dropped.
     package func deliver(_ reply: InboundDelivery) {
         guard let id = reply.properties.correlationID else { return }
-        answer(id, .success(reply))
+        state.withLock { $0.waiting[id] }?.waiter.resolve(.success(reply))
     }
 
-    /// The broker has a request. Told by whoever reads its confirm, before a loss that comes after it.
+    /// The broker has a request. To be called by the side that reads its confirm, before a loss that comes after it.
     package func sent(_ correlationID: String) {
-        let end = state.withLock { state in
+        let (waiting, end) = state.withLock { state in
             state.waiting[correlationID]?.isSent = true
-            return state.end
+            return (state.waiting[correlationID], state.end)
         }
-        if let end { answer(correlationID, .failure(end)) }
+        if let end { waiting?.waiter.resolve(.failure(end)) }
     }
 
     /// The connection, or its channel, is gone, and with it the replies to what had been sent. What had not ends, or is sent
@@ -94,18 +86,8 @@ package final class ReplyRegistry: Sendable {
     package func connectionLost(_ error: EventsError, isFinal: Bool = false) {
         let lost = state.withLock { state in
             if isFinal { state.end = state.end ?? error }
-            return state.waiting.filter { $0.value.isSent }.map(\.key)
+            return state.waiting.values.filter(\.isSent)
         }
-        for id in lost { answer(id, .failure(error)) }
-    }
-
-    private func answer(_ id: String, _ result: Result<InboundDelivery, any Error>) {
-        let continuation = state.withLock { state -> CheckedContinuation<InboundDelivery, any Error>? in
-            guard state.waiting[id]?.reply == nil else { return nil }
-            state.waiting[id]?.reply = result
-            defer { state.waiting[id]?.continuation = nil }
-            return state.waiting[id]?.continuation
-        }
-        continuation?.resume(with: result)
+        for waiting in lost { waiting.waiter.resolve(.failure(error)) }
     }
 }

@@ -203,7 +203,7 @@ struct DeliveryProcessor: Sendable {
     /// - Parameter otherwise: What is done with a message that cannot be copied, because a header of it cannot be sent.
     private func replace(_ inHand: DeliveryInHand, by copy: OutboundMessage, otherwise: Settlement) async -> Bool {
         do {
-            let isRouted = try await transport.publish(deadline: .now + subscription.deadline) { copy }
+            let isRouted = try await transport.publish(copy, deadline: .now + subscription.deadline)
             guard isRouted else {
                 throw EventsError(
                     .unroutable, "no queue is bound to \(copy.exchange) for \(subscription.queue)",
@@ -242,7 +242,7 @@ struct DeliveryProcessor: Sendable {
         }
         let message = OutboundMessage(exchange: "", routingKey: address, properties: properties, body: body)
         do {
-            _ = try await transport.publish(deadline: .now + subscription.deadline) { message }
+            try await transport.publish(message, deadline: .now + subscription.deadline)
         } catch {
             log("reply could not be sent", delivery, reason: "\(error)")
         }

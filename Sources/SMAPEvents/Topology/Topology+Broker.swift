@@ -57,14 +57,14 @@ extension Topology {
             try await compare("exchange \(exchange.name)") {
                 try await transport.checkExchange(exchange.name, deadline: end)
             } matches: {
-                try await transport.declare(exchange, deadline: end)
+                try await transport.compare(exchange, deadline: end)
             }
         }
         for queue in queues {
             try await compare("queue \(queue.name)") {
                 _ = try await transport.status(of: queue.name, deadline: end)
             } matches: {
-                try await transport.declare(queue, deadline: end)
+                try await transport.compare(queue, deadline: end)
             }
         }
         return differences

@@ -52,16 +52,25 @@ package final class DeliveryBuffer: Sendable {
         }
     }
 
-    /// Hands a delivery to a task. After the end it is dropped: unsettled, it goes back to its queue.
-    package func deliver(_ delivery: InboundDelivery) {
-        let waiting = state.withLock { state -> Waiting? in
-            guard state.end == nil else { return nil }
-            if let waiting = state.waiting.popFirst() { return waiting }
-            state.deliveries.append(delivery)
-            return nil
+    /// Hands deliveries to tasks. After the end they are dropped: unsettled, they go back to their queue.
+    package func deliver(_ deliveries: [InboundDelivery]) {
+        let taken = state.withLock { state -> [(Waiting, InboundDelivery)] in
+            guard state.end == nil else { return [] }
+            var taken: [(Waiting, InboundDelivery)] = []
+            for delivery in deliveries {
+                if let waiting = state.waiting.popFirst() {
+                    taken.append((waiting, delivery))
+                } else {
+                    state.deliveries.append(delivery)
+                }
+            }
+            return taken
         }
-        waiting?.continuation.resume(returning: delivery)
+        for (waiting, delivery) in taken { waiting.continuation.resume(returning: delivery) }
     }
+
+    /// Hands one delivery on.
+    package func deliver(_ delivery: InboundDelivery) { deliver([delivery]) }
 
     /// Returns after an orderly end; throws why it ended otherwise.
     package func untilEnded() async throws {

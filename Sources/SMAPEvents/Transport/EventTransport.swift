@@ -23,18 +23,47 @@ public protocol EventTransport: Sendable {
     /// Whether events can be published now.
     func health() async -> Health
 
+    /// Compares an exchange that exists with a declaration, and changes nothing else. Throws
+    /// ``EventsError/Code/topologyConflict`` when it differs. What does not exist may be created.
+    func compare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws
+
+    /// Compares a queue that exists with a declaration; see ``compare(_:deadline:)-(ExchangeDeclaration,_)``.
+    func compare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws
+
+    /// Waits for room for messages that are about to be published, before they are encoded: so what waits are callers, not
+    /// messages.
+    ///
+    /// - Parameters:
+    ///   - count: For how many messages. A transport may give room for fewer, at least for one:
+    ///     ``PublishReservation/count``.
+    ///   - bytes: How many bytes they will have together; a guess, where that is not known yet.
+    ///   - destination: Where they will go; the first of several destinations.
+    /// - Throws: ``EventsError`` with ``EventsError/Code/unsent`` at the deadline, ``EventsError/Code/overloaded`` when too
+    ///   many callers wait already, or why nothing will be published; `CancellationError`.
+    func reserve(
+        _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
+    ) async throws -> PublishReservation
+
     /// Publishes one message, and returns once the broker has taken responsibility for it.
     ///
-    /// - Parameter message: Makes the message, once there is room for it: so what waits are callers, not messages. What
-    ///   it throws is thrown.
+    /// - Parameter reservation: The room that was reserved for it.
     /// - Returns: Whether the message reached at least one queue.
-    /// - Throws: ``EventsError`` with ``EventsError/Code/unsent``, ``EventsError/Code/unknownOutcome``,
-    ///   ``EventsError/Code/nacked``, ``EventsError/Code/exchangeNotFound``, or, before anything is sent,
-    ///   ``EventsError/Code/eventTooLarge`` or ``EventsError/Code/invalidEvent``.
+    /// - Throws: ``EventsError``, whose ``EventsError/publishOutcome`` says how the publish ended;
+    ///   `CancellationError`.
     func publish(
-        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
-    ) async throws
-        -> Bool
+        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
+    ) async throws -> Bool
+
+    /// Publishes several messages, and returns once there is an answer for each: whether it reached a queue, or an error. One
+    /// that is invalid or refused fails alone. When the task is cancelled, those without an answer end as
+    /// ``PublishOutcome/unsent`` or ``PublishOutcome/unknown``.
+    ///
+    /// - Parameter reservation: The room that was reserved for them.
+    func publish(
+        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
+    ) async -> [Result<Bool, EventsError>]
 
     /// Publishes a question, and waits for the reply that has its correlation id; its `reply_to` is set by the transport.
     ///
@@ -52,6 +81,52 @@ public protocol EventTransport: Sendable {
         on queue: QueueName, prefetch: Int, deadline: ContinuousClock.Instant,
         _ body: @Sendable (any TransportConsumer) async throws -> Result
     ) async throws -> Result
+}
+
+extension EventTransport {
+    /// Declares the exchange.
+    public func compare(_ exchange: ExchangeDeclaration, deadline: ContinuousClock.Instant) async throws {
+        try await declare(exchange, deadline: deadline)
+    }
+
+    /// Declares the queue.
+    public func compare(_ queue: QueueDeclaration, deadline: ContinuousClock.Instant) async throws {
+        _ = try await declare(queue, deadline: deadline)
+    }
+
+    /// Gives room at once: for transports without limits.
+    public func reserve(
+        _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
+    ) async throws -> PublishReservation { PublishReservation(count: count) }
+
+    /// Publishes the messages one after the other.
+    public func publish(
+        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
+    ) async -> [Result<Bool, EventsError>] {
+        var results: [Result<Bool, EventsError>] = []
+        for message in messages {
+            do {
+                results.append(
+                    .success(try await publish(message, using: PublishReservation(), deadline: deadline)))
+            } catch let error as EventsError {
+                results.append(.failure(error))
+            } catch {
+                results.append(
+                    .failure(EventsError(.unknownOutcome, "cancelled before it was confirmed", operation: "publish")))
+            }
+        }
+        return results
+    }
+
+    /// Reserves room for a message and publishes it.
+    @discardableResult
+    public func publish(_ message: OutboundMessage, deadline: ContinuousClock.Instant) async throws -> Bool {
+        let reservation = try await reserve(
+            1, bytes: message.body.count,
+            for: PublishDestination(exchange: message.exchange, routingKey: message.routingKey), deadline: deadline)
+        return try await publish(message, using: reservation, deadline: deadline)
+    }
 }
 
 /// A consumer of one queue, alive within ``EventTransport/withConsumer(on:prefetch:deadline:_:)``. Any number of tasks

@@ -1,13 +1,21 @@
+#if canImport(FoundationEssentials)
+package import FoundationEssentials
+#else
+package import Foundation
+#endif
+
 /// A message as a transport sends it: persistent and mandatory, always.
 public struct OutboundMessage: Sendable, Hashable {
     /// The exchange to publish to.
-    public var exchange: String
+    public var exchange: String { didSet { template = nil } }
     /// The key to route by; empty for a fanout exchange.
-    public var routingKey: String
+    public var routingKey: String { didSet { template = nil } }
     /// The message's properties.
-    public var properties: MessageProperties
+    public var properties: MessageProperties { didSet { template = nil } }
     /// The message itself.
     public var body: [UInt8]
+    /// What everything but the id, the timestamp and the body was taken from, as long as that is so.
+    package private(set) var template: MessageTemplate?
 
     /// Puts a message together.
     public init(exchange: String, routingKey: String, properties: MessageProperties, body: [UInt8]) {
@@ -16,6 +24,35 @@ public struct OutboundMessage: Sendable, Hashable {
         self.properties = properties
         self.body = body
     }
+
+    /// A message like many others. The id must be one that ``EventID`` accepts.
+    package init(_ template: MessageTemplate, messageID: EventID, timestamp: Date, body: [UInt8]) {
+        self.exchange = template.destination.exchange
+        self.routingKey = template.destination.routingKey
+        var properties = template.properties
+        properties.messageID = messageID.rawValue
+        properties.timestamp = timestamp
+        self.properties = properties
+        self.body = body
+        self.template = template
+    }
+
+    /// Whether two messages are the same on the wire.
+    public static func == (left: OutboundMessage, right: OutboundMessage) -> Bool {
+        left.exchange == right.exchange && left.routingKey == right.routingKey && left.properties == right.properties
+            && left.body == right.body
+    }
+
+    /// Hashes what is sent.
+    public func hash(into hasher: inout Hasher) {
+        hasher.combine(exchange)
+        hasher.combine(routingKey)
+        hasher.combine(properties)
+        hasher.combine(body)
+    }
+
+    /// Whether a text has no control characters.
+    package static func isPlain(_ text: String) -> Bool { text.utf8.allBytes { $0 >= 0x20 && $0 != 0x7F } }
 
     /// The largest header table that is sent, in bytes: it must fit an AMQP frame.
     package static let headerLimit = 64 * 1024
@@ -29,7 +66,7 @@ public struct OutboundMessage: Sendable, Hashable {
             guard text.utf8.count <= limit else {
                 throw EventsError(.eventTooLarge, "\(field()) has more than \(limit) bytes", operation: "publish")
             }
-            guard text.utf8.allBytes({ $0 >= 0x20 && $0 != 0x7F }) else {
+            guard Self.isPlain(text) else {
                 throw EventsError(.invalidEvent, "\(field()) has a control character", operation: "publish")
             }
         }

@@ -125,7 +125,7 @@ extension TransportContract {
                     let message = OutboundMessage(
                         exchange: bench.exchange(.topic).name, routingKey: "contract.tried",
                         properties: MessageProperties(), body: body)
-                    _ = try await bench.transport.publish(deadline: bench.deadline) { message }
+                    try await bench.transport.publish(message, deadline: bench.deadline)
                 }
                 try await publisher(bench).publish(Tried(number: 7))
                 try await bench.await(bodies.count, in: subscription.queue.deadLetterQueue)
@@ -187,7 +187,7 @@ extension TransportContract {
             let taken = try await transport.withConsumer(on: queue, prefetch: 10, deadline: bench.deadline) { first in
                 try await transport.withConsumer(on: queue, prefetch: 10, deadline: bench.deadline) { second in
                     let message = bench.message(bench.exchange(.topic).name, "contract.tried")
-                    for _ in 0..<4 { _ = try await transport.publish(deadline: bench.deadline) { message } }
+                    for _ in 0..<4 { try await transport.publish(message, deadline: bench.deadline) }
                     var taken = 0
                     while taken < 4, let delivery = try await first.next() {
                         taken += 1

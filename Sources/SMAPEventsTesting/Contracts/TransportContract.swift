@@ -63,7 +63,7 @@ public enum TransportContract {
         @discardableResult
         func publish(_ exchange: String, _ key: String = "a.b", _ body: String = "{}") async throws -> Bool {
             let message = message(exchange, key, body)
-            return try await transport.publish(deadline: deadline) { message }
+            return try await transport.publish(message, deadline: deadline)
         }
 
         /// Takes `count` deliveries, acknowledged.
@@ -118,7 +118,7 @@ public enum TransportContract {
                     appID: "identity", correlationID: "c-1",
                     headers: ["tenant_id": .string("t"), "n": .integer(7), "flag": .boolean(true)]),
                 body: Array("{\"ü\":1}".utf8))
-            let routed = try await bench.transport.publish(deadline: bench.deadline) { message }
+            let routed = try await bench.transport.publish(message, deadline: bench.deadline)
             try ContractViolation.require(routed, "it was routed")
             for queue in queues[..<2] {
                 let delivery = try await bench.take(1, from: queue)[0]
@@ -217,22 +217,44 @@ public enum TransportContract {
                 var message = bench.message(exchange)
                 spoil(&message)
                 try await ContractViolation.error(code) { [message] in
-                    _ = try await bench.transport.publish(deadline: bench.deadline) { message }
+                    try await bench.transport.publish(message, deadline: bench.deadline)
                 }
             }
             try await bench.publish(exchange)
             try await bench.await(1, in: queue)
         },
-        Check("an error while the message is made is thrown, and takes no room") { bench in
-            struct Unmade: Error {}
+        Check("room that is reserved and not used is given back") { bench in
             let (exchange, _) = try await bench.bound()
             for _ in 0..<1_500 {
-                do {
-                    _ = try await bench.transport.publish(deadline: bench.deadline) { throw Unmade() }
-                    throw ContractViolation(description: "nothing was thrown")
-                } catch is Unmade {}
+                _ = try await bench.transport.reserve(
+                    1, bytes: 1_000, for: PublishDestination(exchange: exchange, routingKey: "a.b"),
+                    deadline: bench.deadline)
             }
             try await bench.publish(exchange)
+        },
+        Check("of many messages in one call each has its own result, in order") { bench in
+            let (exchange, queue) = try await bench.bound(key: "to.somebody")
+            var messages = (0..<20).map { bench.message(exchange, "to.somebody", "\($0)") }
+            messages[3].routingKey = "to.nobody"
+            messages[5].properties.headers["BCC"] = .string("other.queue")
+            let reservation = try await bench.transport.reserve(
+                messages.count, bytes: 2_000, for: PublishDestination(exchange: exchange, routingKey: "to.somebody"),
+                deadline: bench.deadline)
+            try ContractViolation.equal(reservation.count, messages.count, "messages that there is room for")
+            let results = await bench.transport.publish(
+                contentsOf: messages, using: reservation, deadline: bench.deadline)
+            try ContractViolation.equal(results.count, messages.count, "results")
+            for (index, result) in results.enumerated() {
+                switch result {
+                case .success(let routed): try ContractViolation.equal(routed, index != 3, "message \(index) routed")
+                case .failure(let error):
+                    try ContractViolation.equal(index, 5, "the index of what failed")
+                    try ContractViolation.equal(error.code, .invalidEvent, "why")
+                }
+            }
+            let bodies = try await bench.take(18, from: queue).map { String(decoding: $0.body, as: UTF8.self) }
+            let expected = (0..<20).filter { $0 != 3 && $0 != 5 }.map(String.init)
+            try ContractViolation.equal(bodies, expected, "what arrived")
         },
         Check("bodies of every awkward size arrive whole and in order") { bench in
             let (exchange, queue) = try await bench.bound()

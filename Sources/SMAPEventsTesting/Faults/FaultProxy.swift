@@ -286,7 +286,7 @@ private final class Link: Sendable {
         while !rest.isEmpty, !state.withLock({ $0.isReset }) {
             switch rest.withUnsafeBytes({ Socket.send(sink, $0) }) {
             case .bytes(let count): rest = rest.dropFirst(count)
-            case .wouldBlock: _ = Socket.wait(sink, toWrite: true, until: .now.advanced(by: .milliseconds(100)))
+            case .wouldBlock: try? Socket.wait(sink, toWrite: true, until: .now.advanced(by: .milliseconds(100))) { "" }
             case .closed: return false
             }
         }

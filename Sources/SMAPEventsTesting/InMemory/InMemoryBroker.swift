@@ -134,10 +134,10 @@ public final class InMemoryBroker: EventTransport {
 
     /// See ``SMAPEvents/EventTransport``.
     public func publish(
-        deadline: ContinuousClock.Instant, _ message: @Sendable () throws -> OutboundMessage
+        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        deadline: ContinuousClock.Instant
     ) async throws -> Bool {
         try Task.checkCancellation()
-        let message = try message()
         try message.validate()
         return try state.withLock { state in
             if message.exchange.isEmpty {
@@ -168,7 +168,7 @@ public final class InMemoryBroker: EventTransport {
         message.properties.correlationID = correlationID
         message.properties.replyTo = Self.directReplyTo
         return try await replies.request(correlationID, deadline: deadline) { [message] in
-            try await self.publish(deadline: deadline) { message }
+            try await self.publish(message, deadline: deadline)
         }
     }
 

@@ -1,5 +1,39 @@
 internal import COpenSSL
-internal import SMAPEvents
+
+/// How to encrypt a connection, and what to check of the server.
+package struct TLSOptions: Sendable {
+    /// The authorities to trust, in PEM; nil for the system's.
+    package var authorityFile: String?
+    /// The client's own certificate and key, in PEM; both or neither.
+    package var certificateFile: String?
+    package var privateKeyFile: String?
+    package var verifiesPeer: Bool
+    package var verifiesHost: Bool
+
+    package init(
+        authorityFile: String?, certificateFile: String?, privateKeyFile: String?, verifiesPeer: Bool,
+        verifiesHost: Bool
+    ) {
+        self.authorityFile = authorityFile
+        self.certificateFile = certificateFile
+        self.privateKeyFile = privateKeyFile
+        self.verifiesPeer = verifiesPeer
+        self.verifiesHost = verifiesHost
+    }
+}
+
+/// Why a connection could not be encrypted, or a record not be read or written. Holds no credentials.
+package struct TLSError: Error, Sendable, CustomStringConvertible {
+    package enum Kind: Sendable {
+        /// A file that cannot be used.
+        case invalidOptions
+        /// The handshake or the session has failed.
+        case failed
+    }
+
+    package let kind: Kind
+    package let description: String
+}
 
 /// The client's side of an encrypted connection. It turns bytes into other bytes, and the socket stays the caller's: OpenSSL
 /// would write with `write()`, and a broken connection would raise SIGPIPE and kill the process. For one thread at a time.
@@ -14,8 +48,8 @@ final class TLSSession {
     /// Room for what is handed out, as much as a record holds.
     private var record = [UInt8](repeating: 0, count: 16 * 1024)
 
-    /// Throws `tlsFailed`, or `invalidConfiguration` for a file that cannot be used.
-    init(_ tls: ServerTLS, host: String) throws {
+    /// Throws ``TLSError``.
+    init(_ tls: TLSOptions, host: String) throws {
         guard let context = SSL_CTX_new(TLS_client_method()) else { throw Self.failure("out of memory") }
         do {
             session = try Self.makeSession(context, tls, host)
@@ -34,10 +68,10 @@ final class TLSSession {
     }
 
     private static func makeSession(
-        _ context: OpaquePointer, _ tls: ServerTLS, _ host: String
+        _ context: OpaquePointer, _ tls: TLSOptions, _ host: String
     ) throws -> OpaquePointer {
         func require(_ isFine: Bool, _ what: String) throws {
-            guard isFine else { throw EventsError(.invalidConfiguration, "\(what) cannot be used", operation: "TLS") }
+            guard isFine else { throw TLSError(kind: .invalidOptions, description: "\(what) cannot be used") }
         }
         smap_tls_never_ask(UnsafeMutableRawPointer(context))
         if let file = tls.authorityFile {
@@ -52,7 +86,7 @@ final class TLSSession {
         }
         guard
             smap_tls_prepare(
-                UnsafeMutableRawPointer(context), host, tls.verification.peer ? 1 : 0, tls.verification.host ? 1 : 0,
+                UnsafeMutableRawPointer(context), host, tls.verifiesPeer ? 1 : 0, tls.verifiesHost ? 1 : 0,
                 tls.authorityFile == nil ? 1 : 0) == 1
         else { throw failure("OpenSSL refused the settings") }
         guard let incoming = BIO_new(BIO_s_mem()) else { throw failure("out of memory") }
@@ -106,11 +140,11 @@ final class TLSSession {
     }
 
     /// To be called after the handshake.
-    func encrypt(_ bytes: [UInt8]) throws {
+    func encrypt(_ bytes: UnsafeRawBufferPointer) throws {
         guard !bytes.isEmpty else { return }
         ERR_clear_error()
         var count = 0
-        let status = bytes.withUnsafeBytes { SSL_write_ex(session, $0.baseAddress, $0.count, &count) }
+        let status = SSL_write_ex(session, bytes.baseAddress, bytes.count, &count)
         guard status == 1 else { throw Self.failure("nothing can be written any more: \(Self.reason)") }
     }
 
@@ -133,7 +167,7 @@ final class TLSSession {
         smap_tls_failure_text().map { String(cString: $0) } ?? "the server broke it off"
     }
 
-    private static func failure(_ problem: String) -> EventsError {
-        EventsError(.tlsFailed, problem, operation: "redis")
+    private static func failure(_ problem: String) -> TLSError {
+        TLSError(kind: .failed, description: problem)
     }
 }

@@ -1,0 +1,245 @@
+internal import CRabbitMQ
+internal import ConnectionThread
+internal import Logging
+internal import SMAPEvents
+
+/// Declarations, bindings and consumers: methods that the broker answers.
+extension AMQPDriver {
+    /// Sends a request. What cannot be encoded fails by itself.
+    func begin(_ request: BrokerRequest) throws {
+        guard !request.isAnswered else { return connection.forget(request) }
+        do {
+            switch request.operation {
+            case .consume(let consumer): try beginConsuming(consumer, request)
+            case .stopConsumer(let consumer): try stop(consumer, request)
+            case .closeConsumer(let consumer): try close(consumer, request)
+            case .consumeReplies: try beginConsumingReplies(request)
+            default:
+                let step = try step(for: request.operation, .request(request))
+                if channels[topology.number] == nil, topology.reopenTime == nil { try open(topology) }
+                topology.enqueue(step)
+            }
+        } catch let failure as AMQPFailure {
+            // Names are checked before; this is what no check has foreseen.
+            connection.forget(request)
+            request.fail(
+                .invalidConfiguration, AMQPFailure.error(from: failure, server: "", connecting: false).message)
+        }
+    }
+
+    /// The method of a declaration on the topology channel.
+    func step(
+        for operation: BrokerRequest.Operation, _ completion: AMQPChannel.Completion
+    ) throws -> AMQPChannel.Step {
+        try CArena.with { try step(for: operation, completion, $0) }
+    }
+
+    private func step(
+        for operation: BrokerRequest.Operation, _ completion: AMQPChannel.Completion, _ arena: CArena
+    ) throws -> AMQPChannel.Step {
+        func step<Method: BitwiseCopyable>(
+            _ id: amqp_method_number_t, reply: amqp_method_number_t, _ method: Method
+        ) throws -> AMQPChannel.Step {
+            AMQPChannel.Step(
+                reply: reply, frame: try MethodEncoder.frame(id, on: topology.number, method), completion: completion)
+        }
+        switch operation {
+        case .declareExchange(let exchange), .compareExchange(let exchange):
+            var method = amqp_exchange_declare_t()
+            method.exchange = arena.bytes(exchange.name)
+            method.type = arena.bytes(exchange.kind.rawValue)
+            method.durable = 1
+            return try step(AMQP_EXCHANGE_DECLARE_METHOD, reply: AMQP_EXCHANGE_DECLARE_OK_METHOD, method)
+        case .checkExchange(let name):
+            var method = amqp_exchange_declare_t()
+            method.exchange = arena.bytes(name)
+            method.type = arena.bytes("")
+            method.passive = 1
+            return try step(AMQP_EXCHANGE_DECLARE_METHOD, reply: AMQP_EXCHANGE_DECLARE_OK_METHOD, method)
+        case .declareQueue(let queue), .compareQueue(let queue):
+            var method = amqp_queue_declare_t()
+            method.queue = arena.bytes(queue.name.rawValue)
+            method.durable = 1
+            method.arguments = arena.table(queue.arguments.map { arena.entry($0.key, $0.value) })
+            return try step(AMQP_QUEUE_DECLARE_METHOD, reply: AMQP_QUEUE_DECLARE_OK_METHOD, method)
+        case .checkQueue(let name):
+            var method = amqp_queue_declare_t()
+            method.queue = arena.bytes(name.rawValue)
+            method.passive = 1
+            return try step(AMQP_QUEUE_DECLARE_METHOD, reply: AMQP_QUEUE_DECLARE_OK_METHOD, method)
+        case .bind(let binding):
+            var method = amqp_queue_bind_t()
+            method.queue = arena.bytes(binding.queue.rawValue)
+            method.exchange = arena.bytes(binding.exchange)
+            method.routing_key = arena.bytes(binding.routingKey)
+            return try step(AMQP_QUEUE_BIND_METHOD, reply: AMQP_QUEUE_BIND_OK_METHOD, method)
+        case .consume, .stopConsumer, .closeConsumer, .consumeReplies:
+            throw AMQPFailure.unexpected("no method of the topology channel")
+        }
+    }
+
+    /// Takes in the reply to a method, or the error that the broker has closed its channel with.
+    func complete(
+        _ step: AMQPChannel.Step, on channel: AMQPChannel, _ result: Result<amqp_method_t, EventsError>
+    ) throws {
+        switch step.completion {
+        case .opened:
+            guard case .success = result else { return }
+            if case .publishing = channel.role { return }
+            channel.isOpen = true
+        case .confirmsSelected:
+            guard case .success = result else { return }
+            // Replies are consumed next, where they are wanted: the channel is open for messages all the same.
+            channel.isOpen = true
+            connection.publishingOpened()
+        case .prefetchSet: break
+        case .restored:
+            restoring -= 1
+            restoreLimit = MonotonicTime.now.advanced(by: connection.configuration.stallLimit)
+            if case .failure(let error) = result {
+                connection.logger.warning("topology was not restored", metadata: ["reason": "\(error)"])
+            }
+        case .closedByUs:
+            channel.isClosing = false
+            channel.isOpen = false
+            try open(channel)
+        case .repliesConsumed(let request):
+            switch result {
+            case .success:
+                connection.repliesConsumed(nil)
+                if let request { answer(request, .success(.done)) }
+            case .failure(let error):
+                connection.repliesConsumed(error)
+                if let request { answer(request, .failure(error)) }
+            }
+        case .request(let request):
+            try complete(request, on: channel, result)
+        }
+    }
+
+    private func complete(
+        _ request: BrokerRequest, on channel: AMQPChannel, _ result: Result<amqp_method_t, EventsError>
+    ) throws {
+        switch (request.operation, result) {
+        case (_, .failure(let error)): answer(request, .failure(error))
+        case (.closeConsumer(let consumer), .success):
+            channels[channel.number] = nil
+            connection.remove(consumer)
+            answer(request, .success(.done))
+        case (let operation, .success(let method)):
+            connection.topology.insert(operation)
+            guard method.id == AMQP_QUEUE_DECLARE_OK_METHOD,
+                let ok = method.decoded?.load(as: amqp_queue_declare_ok_t.self)
+            else { return answer(request, .success(.done)) }
+            answer(
+                request,
+                .success(.queue(QueueStatus(messages: Int(ok.message_count), consumers: Int(ok.consumer_count)))))
+        }
+    }
+
+    private func answer(_ request: BrokerRequest, _ result: Result<BrokerRequest.Reply, EventsError>) {
+        connection.forget(request)
+        switch result {
+        case .success(let reply): request.succeed(reply)
+        case .failure(let error): request.fail(error.code, error.message)
+        }
+    }
+
+    // MARK: Replies
+
+    /// Replies to requests come on the channel that asks, from a queue that is none (RabbitMQ guide, "Direct Reply-to"): it
+    /// must be consumed before the first request, without acknowledgements.
+    func consumeReplies(_ request: BrokerRequest?) throws -> AMQPChannel.Step {
+        let frame = try CArena.with { arena in
+            var method = amqp_basic_consume_t()
+            method.queue = arena.bytes(RabbitMQTransport.directReplyTo)
+            method.consumer_tag = arena.bytes("smap.replies")
+            method.no_ack = 1
+            return try MethodEncoder.frame(AMQP_BASIC_CONSUME_METHOD, on: publishing.number, method)
+        }
+        return AMQPChannel.Step(
+            reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: frame, completion: .repliesConsumed(request))
+    }
+
+    private func beginConsumingReplies(_ request: BrokerRequest) throws {
+        guard !connection.repliesAreConsumed else { return answer(request, .success(.done)) }
+        publishing.enqueue(try consumeReplies(request))
+    }
+
+    // MARK: Consumers
+
+    private func beginConsuming(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        guard let number = freeChannel() else {
+            answer(
+                request,
+                .failure(
+                    EventsError(
+                        .overloaded, "all \(limits.channelLimit) channels of the connection are in use (channel_max)",
+                        operation: request.name)))
+            return
+        }
+        var qos = amqp_basic_qos_t()
+        qos.prefetch_count = UInt16(clamping: consumer.prefetch)
+        let consume = try CArena.with { arena in
+            var method = amqp_basic_consume_t()
+            method.queue = arena.bytes(consumer.queue.rawValue)
+            method.consumer_tag = arena.bytes(Self.consumerTag(number))
+            return try MethodEncoder.frame(AMQP_BASIC_CONSUME_METHOD, on: number, method)
+        }
+        let steps = [
+            AMQPChannel.Step(
+                reply: AMQP_BASIC_QOS_OK_METHOD,
+                frame: try MethodEncoder.frame(AMQP_BASIC_QOS_METHOD, on: number, qos), completion: .prefetchSet),
+            AMQPChannel.Step(
+                reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: .request(request)),
+        ]
+        let channel = AMQPChannel(number: number, role: .consuming(consumer))
+        try open(channel)
+        for step in steps { channel.enqueue(step) }
+        connection.add(consumer)
+    }
+
+    private static func consumerTag(_ channel: amqp_channel_t) -> String { "smap.\(channel)" }
+
+    /// A channel number that is not in use, of those that the broker allows.
+    private func freeChannel() -> amqp_channel_t? {
+        let first = connection.isForPublishing ? Self.publishingChannel + 1 : Self.publishingChannel
+        guard first <= limits.channelLimit else { return nil }
+        // Not the last one at once, so that a late frame of the old channel is not taken for one of the new.
+        for _ in first...limits.channelLimit {
+            let number = nextChannel
+            nextChannel = number >= limits.channelLimit ? first : number + 1
+            if channels[number] == nil { return number }
+        }
+        return nil
+    }
+
+    private func channel(of consumer: Consumer) -> AMQPChannel? {
+        channels.values.first { if case .consuming(let other) = $0.role { other === consumer } else { false } }
+    }
+
+    private func stop(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        guard let channel = channel(of: consumer), !channel.isClosing else {
+            answer(request, .success(.done))
+            return
+        }
+        let frame = try CArena.with { arena in
+            var method = amqp_basic_cancel_t()
+            method.consumer_tag = arena.bytes(Self.consumerTag(channel.number))
+            return try MethodEncoder.frame(AMQP_BASIC_CANCEL_METHOD, on: channel.number, method)
+        }
+        channel.enqueue(
+            AMQPChannel.Step(reply: AMQP_BASIC_CANCEL_OK_METHOD, frame: frame, completion: .request(request)))
+    }
+
+    /// Sends what is settled, then closes the channel: the broker takes everything else back.
+    private func close(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        guard let channel = channel(of: consumer), !channel.isClosing else {
+            answer(request, .success(.done))
+            return
+        }
+        if channel.isOpen { sendSettlements(of: consumer, on: channel) }
+        channel.isClosing = true
+        channel.enqueue(try closeStep(channel, .request(request)))
+    }
+}

@@ -1,0 +1,89 @@
+internal import ConnectionThread
+internal import SMAPEvents
+internal import Synchronization
+
+/// One message from the moment at which its caller has handed it over until the broker has answered.
+///
+/// Sound as `Sendable`: all its variables belong to the ``PublishWindow`` that it is in, and are read and written under the
+/// lock of that window only.
+final class PendingPublish: @unchecked Sendable {
+    /// Who is told how it ends.
+    enum Caller {
+        case task(Waiter<Bool>)
+        case batch(PublishBatch, Int)
+    }
+
+    let message: EncodedMessage
+    let destination: UInt64
+    let deadline: MonotonicTime
+    let caller: Caller
+    /// Whether the caller has its result: from the broker, by its deadline, or by its cancellation.
+    var isAnswered = false
+    /// Whether the broker has it in front of a message that it has not answered yet.
+    var isSettled = false
+    var isReturned = false
+    /// Whether the broker may have taken it on a channel or connection that is gone. Then no later answer but a
+    /// confirm tells what became of it.
+    var isInDoubt = false
+    /// Whether it has been handed to a connection that is still there.
+    var isOnWire = false
+    /// Where its first byte stands in the stream of that connection.
+    var position: UInt64 = 0
+    /// Whether the broker may have closed a channel because of it.
+    var isSuspect = false
+
+    init(_ message: EncodedMessage, destination: UInt64, deadline: MonotonicTime, caller: Caller) {
+        self.message = message
+        self.destination = destination
+        self.deadline = deadline
+        self.caller = caller
+    }
+
+    /// Tells the caller. To be called outside the window's lock.
+    func resume(_ result: Result<Bool, any Error>) {
+        switch caller {
+        case .task(let waiter): waiter.resolve(result)
+        case .batch(let batch, let index): batch.resolve(index, result)
+        }
+    }
+}
+
+/// Many messages that one caller waits for together.
+final class PublishBatch: Sendable {
+    private struct State {
+        var results: [Result<Bool, EventsError>]
+        var isAnswered: [Bool]
+        var missing: Int
+    }
+
+    private let state: Mutex<State>
+    private let waiter = Waiter<Void>()
+
+    init(count: Int) {
+        let none = Result<Bool, EventsError>.failure(EventsError(.unsent, "not published", operation: "publish"))
+        state = Mutex(
+            State(
+                results: Array(repeating: none, count: count), isAnswered: Array(repeating: false, count: count),
+                missing: count))
+    }
+
+    /// The first result of a message stands.
+    func resolve(_ index: Int, _ result: Result<Bool, any Error>) {
+        let isComplete = state.withLock { state in
+            guard !state.isAnswered[index] else { return false }
+            state.isAnswered[index] = true
+            state.results[index] = result.mapError {
+                $0 as? EventsError ?? EventsError(.unknownOutcome, "\(type(of: $0))", operation: "publish")
+            }
+            state.missing -= 1
+            return state.missing == 0
+        }
+        if isComplete { waiter.resolve(.success(())) }
+    }
+
+    /// Returns when every message has its result: the broker's, or by its deadline.
+    func results() async -> [Result<Bool, EventsError>] {
+        _ = await waiter.uncancelledResult()
+        return state.withLock { $0.results }
+    }
+}

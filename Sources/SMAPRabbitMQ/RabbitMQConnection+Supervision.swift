@@ -1,0 +1,148 @@
+internal import ConnectionThread
+internal import Logging
+internal import Metrics
+internal import SMAPEvents
+internal import Synchronization
+
+/// Opening, losing and opening again. Called on the connection thread, but for ``ready(deadline:)``.
+extension RabbitMQConnection {
+    /// Returns once the connection is open, blocked or not. Throws when it will not be: the server refuses us, the owner
+    /// has closed, or the deadline has passed, then with what the last attempt came to.
+    func ready(deadline: ContinuousClock.Instant) async throws {
+        let waiter = Waiter<Void>()
+        let limit = MonotonicTime(deadline)
+        let isOpen = try shared.withLock { shared in
+            if shared.state == .open || shared.state == .blocked { return true }
+            if shared.isPermanent, let reason = shared.reason { throw reason }
+            // Cancelled ones leave when the next one comes.
+            shared.openings.removeAll(where: \.waiter.isResolved)
+            guard shared.openings.count < Self.requestLimit else {
+                throw EventsError(
+                    .overloaded, "\(Self.requestLimit) callers are waiting for the connection already",
+                    operation: "connect to \(configuration)", underlying: shared.reason)
+            }
+            shared.openings.append(Opening(waiter: waiter, deadline: limit))
+            return false
+        }
+        if isOpen { return try Task.checkCancellation() }
+        Watchdog.shared.schedule(at: limit)
+        try await waiter.value()
+    }
+
+    /// The server has accepted the login.
+    func opened() {
+        let isRecovery = shared.withLock { shared in
+            defer { shared.hasOpened = true }
+            // Its owner may have closed it a moment ago.
+            if shared.state != .closed { shared.isPermanent = false }
+            shared.openedAt = .now
+            return shared.hasOpened
+        }
+        window.withLock { $0.connected() }
+        if isRecovery { recoveries.increment() }
+        logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
+        change(to: .open)
+        // Only now: a caller that has found it not yet open is among them, and one that comes later finds it open.
+        let openings = shared.withLock { shared in
+            defer { shared.openings = [] }
+            return shared.openings
+        }
+        for opening in openings { opening.waiter.resolve(.success(())) }
+    }
+
+    /// The broker takes no messages, or takes them again.
+    func blocked(_ reason: String?) {
+        guard let reason else {
+            window.withLock { $0.connected() }
+            logger.info("the broker takes messages again")
+            return change(to: .open)
+        }
+        let error = EventsError(.overloaded, "the broker blocks publishing: \(reason)", operation: "connection")
+        window.withLock { $0.blocked(error) }
+        logger.warning("the broker blocks publishing", metadata: ["reason": "\(reason)"])
+        change(to: .blocked, error)
+    }
+
+    /// A connection that was open has ended by itself. The thread then asks for ``retryDelay(after:)``.
+    ///
+    /// - Parameters:
+    ///   - sentBytes: How much of its stream may have left.
+    ///   - blamed: The request that the broker has closed the connection for.
+    func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?) {
+        let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
+        let (consumers, requests) = shared.withLock { shared in
+            defer { shared.consumers = [:] }
+            // What is in the mailbox is among the requests, and must not be taken twice.
+            _ = mailbox.takeAll()
+            return (Array(shared.consumers.values), Array(shared.requests.values))
+        }
+        change(to: .recovering, error)
+        for consumer in consumers {
+            // To be asked for again, whatever the reason was: the connection is opened again too.
+            consumer.fail(
+                error.isRetriable ? error : EventsError(.connectionLost, error.message, operation: error.operation))
+        }
+        repliesLost(error)
+        resume(
+            window.withLock {
+                $0.connectionLost(error, sentBytes: sentBytes, isRefusal: AMQPFailure.isRefusalOfMessage(failure))
+            })
+        for request in requests.sorted(by: { $0.number < $1.number }) {
+            switch request.operation {
+            case .stopConsumer, .closeConsumer:
+                // The broker has done so by itself.
+                forget(request)
+                request.succeed(.done)
+            case .consume:
+                forget(request)
+                request.fail(error.isRetriable ? error.code : .connectionLost, error.message)
+            case _ where request === blamed:
+                forget(request)
+                request.fail(error.code, error.message)
+            default:
+                // Declarations can be repeated. There is room: the requests are as bounded as the mailbox.
+                if mailbox.post(request) == .closed { request.fail(.closed, "the transport was closed") }
+            }
+        }
+    }
+
+    /// There is no connection: one was lost, or could not be opened. Returns how long to wait until the next attempt, nil
+    /// when there is to be none.
+    func retryDelay(after failure: any Error) -> Duration? {
+        let (wasOpen, hasOpened) = shared.withLock { ($0.openedAt != nil, $0.hasOpened) }
+        let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: !wasOpen)
+        // A server that has let us in before may refuse us for a moment: its backend for users is away, or certificates are
+        // being exchanged. Then callers wait, as long as their deadlines allow.
+        let isRefused = !wasOpen && [.accessRefused, .invalidConfiguration, .tlsFailed].contains(error.code)
+        let isPermanent = isRefused && !hasOpened
+        let (failures, isClosed, openings) = shared.withLock { shared -> (Int, Bool, [Opening]) in
+            if shared.state == .closed { return (0, true, []) }
+            // One that worked for a while was lost by accident; one that is thrown out at once must wait longer.
+            if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
+            shared.openedAt = nil
+            shared.failures += 1
+            shared.reason = error
+            shared.isPermanent = isPermanent
+            guard isPermanent else { return (shared.failures, false, []) }
+            defer { shared.openings = [] }
+            return (shared.failures, false, shared.openings)
+        }
+        if isClosed { return nil }
+        change(to: .recovering, error)
+        if isPermanent {
+            resume(window.withLock { $0.refuse(error) })
+            for opening in openings { opening.waiter.resolve(.failure(error)) }
+            for request in shared.withLock({ Array($0.requests.values) }) {
+                forget(request)
+                request.fail(error.code, error.message)
+            }
+        } else {
+            window.withLock { $0.blocked(error) }
+        }
+        // No attempt that comes sooner changes the mind of a server that refuses us.
+        let delay = isRefused ? configuration.maximumReconnectDelay : configuration.backoff.delay(after: failures)
+        logger.warning(
+            "no connection", metadata: ["connection": "\(name)", "reason": "\(error)", "next_attempt_in": "\(delay)"])
+        return delay
+    }
+}

@@ -1,0 +1,733 @@
+import ConnectionThread
+import SMAPEvents
+import Synchronization
+import Testing
+
+@testable import SMAPRabbitMQ
+
+/// What a broker that misbehaves does to a transport, and what it must not do.
+@Suite(.serialized, .timeLimit(.minutes(5))) struct TransportFaultTests {
+    private struct Settings {
+        let apply: (inout RabbitMQConfiguration) -> Void
+        init(_ apply: @escaping (inout RabbitMQConfiguration) -> Void) { self.apply = apply }
+    }
+
+    /// Runs `body` with a transport that is connected to a fake broker.
+    private func withTransport(
+        _ options: FakeBroker.Options = FakeBroker.Options(), _ settings: Settings = Settings { _ in },
+        _ react: @escaping @Sendable (FakeBroker.Received, FakeConnection) -> Bool = { _, _ in false },
+        body: (RabbitMQTransport, FakeBroker) async throws -> Void
+    ) async throws {
+        try await FakeBroker.withBroker(options, react) { broker in
+            var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: broker.port)
+            configuration.heartbeat = .zero
+            configuration.reconnectDelay = .milliseconds(10)
+            settings.apply(&configuration)
+            let transport = try RabbitMQTransport(configuration: configuration)
+            do {
+                try await body(transport, broker)
+            } catch {
+                await transport.close(timeout: .zero)
+                throw error
+            }
+            await transport.close(timeout: .milliseconds(200))
+        }
+    }
+
+    private func message(
+        _ key: String = "a.b", exchange: String = "x", id: String = EventID().rawValue, size: Int = 10, header: Int = 0
+    ) -> OutboundMessage {
+        var properties = MessageProperties(messageID: id)
+        if header > 0 { properties.headers["h"] = .string(String(repeating: "v", count: header)) }
+        return OutboundMessage(
+            exchange: exchange, routingKey: key, properties: properties, body: Array(repeating: 1, count: size))
+    }
+
+    private func soon(_ seconds: Double = 20) -> ContinuousClock.Instant { .now + .seconds(seconds) }
+
+    /// How a publish ended: `routed`, `returned`, or code and outcome.
+    private func end(_ publish: () async throws -> Bool) async -> String {
+        do {
+            return try await publish() ? "routed" : "returned"
+        } catch let error as EventsError {
+            return "\(error.code) \(error.publishOutcome)"
+        } catch {
+            return "cancelled"
+        }
+    }
+
+    private func isConfirmed(over transport: RabbitMQTransport) async -> Bool {
+        await end { try await transport.publish(message(), deadline: soon()) } == "routed"
+    }
+
+    private func counts(_ ends: [String]) -> [String: Int] { ends.reduce(into: [:]) { $0[$1, default: 0] += 1 } }
+
+    /// Publishes messages at the same time; returns how each ended.
+    private func publish(
+        _ messages: [OutboundMessage], over transport: RabbitMQTransport, deadline: Double = 20
+    ) async -> [String] {
+        await withTaskGroup(of: (Int, String).self) { group in
+            for (index, message) in messages.enumerated() {
+                group.addTask {
+                    (index, await end { try await transport.publish(message, deadline: soon(deadline)) })
+                }
+            }
+            return await group.reduce(into: Array(repeating: "", count: messages.count)) { $0[$1.0] = $1.1 }
+        }
+    }
+
+    // MARK: Bounds
+
+    @Test func `bytes on the wire are bounded, however many callers wait`() async throws {
+        let size = 250_000
+        try await withTransport { received, _ in
+            received.publish != nil
+        } body: { transport, broker in
+            let messages = (0..<1_000).map { _ in message(size: size) }
+            async let ends = publish(messages, over: transport, deadline: 60)
+            // Over the limit by one message, and by those that were encoded at the same moment.
+            let full = 16 * 1_048_576 / size
+            try await broker.waitUntil { $0.publishes().count >= full }
+            broker.connections[0].ack(channel: 2, tag: 1)
+            broker.connections[0].ack(channel: 2, tag: 2)
+            try await broker.waitUntil { $0.publishes().count >= full + 2 }
+            #expect(broker.publishes().count <= full + 2 + 33)
+            broker.connections[0].ack(channel: 2, tag: 0, multiple: true)
+            let acknowledging = Task {
+                var done = 0
+                while !Task.isCancelled {
+                    try await broker.waitUntil { [done] in $0.publishes().count > done }
+                    done = broker.publishes().count
+                    broker.connections[0].ack(channel: 2, tag: UInt64(done), multiple: true)
+                }
+            }
+            let result = counts(await ends)
+            acknowledging.cancel()
+            #expect(result == ["routed": 1_000])
+        }
+    }
+
+    @Test func `callers that wait are bounded, and the next one is told so at once`() async throws {
+        try await withTransport(
+            FakeBroker.Options(),
+            Settings { configuration in
+                configuration.windowMessages = 1
+                configuration.maximumWaitingPublishes = 2
+            }
+        ) { received, _ in
+            received.publish != nil
+        } body: { transport, broker in
+            let ends = await publish((0..<10).map { _ in message() }, over: transport, deadline: 2)
+            #expect(
+                counts(ends) == ["unknownOutcome unknown": 1, "unsent unsent": 2, "overloaded unsent": 7])
+        }
+    }
+
+    // MARK: One guilty, many innocent
+
+    @Test func `a name that AMQP does not hold fails its own call, and nothing else`() async throws {
+        try await withTransport { _, _ in
+            false
+        } body: { transport, broker in
+            let long = String(repeating: "x", count: 300)
+            for bad in [
+                { try await transport.declare(ExchangeDeclaration(name: long, kind: .topic), deadline: soon()) },
+                { try await transport.checkExchange(long, deadline: soon()) },
+                { try await transport.bind("q", to: long, routingKey: "a", deadline: soon()) },
+                { try await transport.bind("q", to: "x", routingKey: long, deadline: soon()) },
+                {
+                    let arguments = [long: MessageProperties.HeaderValue.integer(1)]
+                    try await transport.declare(
+                        QueueDeclaration("q", additionalArguments: arguments), deadline: soon())
+                },
+            ] as [() async throws -> Void] {
+                let error = await #expect(throws: EventsError.self) { try await bad() }
+                #expect(error?.code == .invalidName)
+                #expect(await isConfirmed(over: transport))
+            }
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
+    @Test func `a header that does not fit the broker's frames fails its own message, and nothing else`() async throws {
+        var options = FakeBroker.Options()
+        options.frameMax = 4_096
+        try await withTransport(options) { _, _ in
+            false
+        } body: { transport, broker in
+            let ends = await publish(
+                [message(size: 20_000), message(header: 5_000), message(size: 5_000)], over: transport)
+            #expect(ends == ["routed", "eventTooLarge rejected", "routed"])
+            #expect(broker.acceptedCount == 1)
+            #expect(broker.publishes().allSatisfy { $0.frameSizes.allSatisfy { $0 <= 4_096 - 8 } })
+            #expect(broker.publishes().map(\.body.count).sorted() == [5_000, 20_000])
+        }
+    }
+
+    @Test func `a refused topic fails by itself, and hundreds of others are confirmed`() async throws {
+        try await withTransport { received, connection in
+            guard let publish = received.publish else { return false }
+            if publish.routingKey == "secret.x" {
+                connection.closeChannel(
+                    received.channel, code: 403,
+                    text:
+                        "ACCESS_REFUSED - access to topic 'secret.x' in exchange 'x' in vhost '/' refused for user 'u'",
+                    classID: 60, methodID: 40)
+                return true
+            }
+            // Confirmed late, so that all are in flight together.
+            if publish.tag % 100 == 0 { connection.ack(channel: received.channel, tag: publish.tag, multiple: true) }
+            return true
+        } body: { transport, broker in
+            var messages = (0..<400).map { _ in message("a.b") }
+            messages.insert(message("secret.x"), at: 350)
+            async let ends = publish(messages, over: transport)
+            try await broker.waitUntil { broker in
+                broker.publishes().contains { $0.routingKey == "secret.x" }
+            }
+            try await confirmAll(broker, until: 400)
+            let result = counts(await ends)
+            #expect(result == ["routed": 400, "accessRefused nacked": 1])
+        }
+    }
+
+    /// Confirms until so many different messages but secret ones have come.
+    private func confirmAll(_ broker: FakeBroker, until count: Int) async throws {
+        try await broker.waitUntil { broker in
+            let publishes = broker.publishes()
+            guard Set(publishes.filter { $0.routingKey != "secret.x" }.compactMap(\.messageID)).count == count else {
+                return false
+            }
+            return publishes.last.map { $0.routingKey != "secret.x" } ?? false
+        }
+        broker.connections[0].ack(channel: 2, tag: 0, multiple: true)
+    }
+
+    @Test func `a message that the broker closes the channel for is found among twenty, and the others are confirmed`()
+        async throws
+    {
+        try await withTransport { received, connection in
+            guard let publish = received.publish, publish.body.count > 1_000 else { return false }
+            connection.closeChannel(
+                received.channel, code: 406, text: "PRECONDITION_FAILED - message size 2000 is larger than 1000",
+                classID: 60, methodID: 40)
+            return true
+        } body: { transport, broker in
+            var messages = (0..<20).map { _ in message() }
+            messages[11] = message(size: 2_000)
+            let ends = await publish(messages, over: transport)
+            #expect(ends.enumerated().allSatisfy { $0.offset == 11 || $0.element == "routed" }, "\(ends)")
+            #expect(ends[11].hasPrefix("eventRefused"))
+        }
+    }
+
+    @Test func `a connection that the broker closes for a declaration fails that declaration alone`() async throws {
+        try await withTransport { received, connection in
+            guard case .declareQueue(let name, _) = received.kind, name == "bad" else { return false }
+            connection.closeConnection(code: 540, text: "NOT_IMPLEMENTED", classID: 50, methodID: 10)
+            return true
+        } body: { transport, broker in
+            async let bad: EventsError? = {
+                do {
+                    try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+                    return nil
+                } catch { return error as? EventsError }
+            }()
+            async let good: Void = {
+                for number in 0..<50 {
+                    _ = try await transport.declare(
+                        QueueDeclaration(try QueueName("good.\(number)")), deadline: soon())
+                }
+            }()
+            try await good
+            #expect(await bad?.message == "NOT_IMPLEMENTED")
+            #expect(broker.acceptedCount == 2, "the guilty declaration is not repeated")
+        }
+    }
+
+    @Test func `one destination that does not confirm does not hold up the others, now or later`() async throws {
+        try await withTransport { received, _ in
+            received.publish?.routingKey == "stuck.a"
+        } body: { transport, broker in
+            async let stuck = publish((0..<3_000).map { _ in message("stuck.a") }, over: transport, deadline: 4)
+            try await broker.waitUntil { $0.publishes().count >= 1_000 }
+            // While callers wait for the stuck ones.
+            #expect(
+                counts(await publish((0..<50).map { _ in message("healthy.a") }, over: transport)) == ["routed": 50])
+            let ends = counts(await stuck)
+            #expect(Set(ends.keys).isSubset(of: ["unknownOutcome unknown", "unsent unsent"]), "\(ends)")
+            // When no caller waits for them any more.
+            #expect(
+                counts(await publish((0..<50).map { _ in message("healthy.a") }, over: transport)) == ["routed": 50])
+            #expect(await transport.health().problems.contains { $0.contains("stuck.a") })
+        }
+    }
+
+    // MARK: Unclear outcomes
+
+    @Test func `what went to an exchange before it vanished may have been taken`() async throws {
+        try await withTransport { received, connection in
+            guard let publish = received.publish else { return false }
+            if publish.tag == 3 {
+                connection.closeChannel(
+                    received.channel, code: 404, text: "NOT_FOUND - no exchange 'x' in vhost '/'", classID: 60,
+                    methodID: 40)
+            }
+            return true
+        } body: { transport, broker in
+            let ends = await publish((0..<3).map { _ in message() }, over: transport)
+            #expect(counts(ends) == ["exchangeNotFound unknown": 3])
+        }
+    }
+
+    @Test(arguments: [
+        ("nack", "nacked unknown"), ("return", "unknownOutcome unknown"), ("404", "exchangeNotFound unknown"),
+    ])
+    func `a negative answer after a lost connection is unknown`(answer: String, expected: String) async throws {
+        try await withTransport { received, connection in
+            guard let publish = received.publish else { return false }
+            guard received.connection > 1 else {
+                connection.drop()
+                return true
+            }
+            switch answer {
+            case "nack": connection.nack(channel: received.channel, tag: publish.tag)
+            case "return":
+                connection.returnMessage(channel: received.channel, publish)
+                connection.ack(channel: received.channel, tag: publish.tag)
+            default:
+                connection.closeChannel(
+                    received.channel, code: 404, text: "NOT_FOUND - no exchange 'x' in vhost '/'", classID: 60,
+                    methodID: 40)
+            }
+            return true
+        } body: { transport, _ in
+            #expect(await end { try await transport.publish(message(), deadline: soon()) } == expected)
+        }
+    }
+
+    // MARK: Channels
+
+    @Test func `a consumer beyond the channels that the broker allows is refused, and the others go on`() async throws {
+        var options = FakeBroker.Options()
+        options.channelMax = 5
+        try await withTransport(options) { _, _ in
+            false
+        } body: { transport, broker in
+            try await transport.declare(QueueDeclaration("q"), deadline: soon())
+            await withTaskGroup(of: String.self) { group in
+                let isOver = Latch()
+                for _ in 0..<6 {
+                    group.addTask {
+                        do {
+                            return try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) {
+                                consumer in
+                                await isOver.wait()
+                                return "consumed"
+                            }
+                        } catch { return (error as? EventsError)?.code.description ?? "\(error)" }
+                    }
+                }
+                // Channel 1 is for declarations, or 2 to 5 are all there are.
+                let refused = await group.next()
+                #expect(refused == "overloaded")
+                isOver.open()
+                var rest: [String] = []
+                for await end in group { rest.append(end) }
+                #expect(rest.count { $0 == "consumed" } >= 4, "\(rest)")
+                #expect(Set(rest + ["overloaded"]) == ["consumed", "overloaded"])
+            }
+            #expect(broker.acceptedCount == 2)
+        }
+    }
+
+    @Test func `a publishing channel that cannot be opened is tried with growing pauses, and health says why`()
+        async throws
+    {
+        try await withTransport { received, connection in
+            guard case .confirmSelect = received.kind else { return false }
+            connection.closeChannel(
+                received.channel, code: 540, text: "NOT_IMPLEMENTED - no confirms here", classID: 85, methodID: 10)
+            return true
+        } body: { transport, broker in
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.publish(message(), deadline: soon(3))
+            }
+            #expect(error?.publishOutcome == .unsent)
+            #expect(error?.message.contains("no confirms here") == true, "\(error.map { "\($0)" } ?? "")")
+            #expect(await transport.health().problems.contains { $0.contains("no confirms here") })
+            let opened = broker.received.count { if case .channelOpen = $0.kind { true } else { false } }
+            #expect((2...30).contains(opened), "\(opened) times")
+        }
+    }
+
+    @Test func `where replies cannot be consumed, only requests fail`() async throws {
+        try await withTransport { received, connection in
+            guard case .consume = received.kind, received.channel == 2 else { return false }
+            connection.closeChannel(
+                received.channel, code: 403, text: "ACCESS_REFUSED - no replies here", classID: 60, methodID: 20)
+            return true
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            let error = await #expect(throws: EventsError.self) {
+                _ = try await transport.request(message(), deadline: soon())
+            }
+            #expect(error?.message.contains("no replies here") == true)
+            #expect(await isConfirmed(over: transport))
+            let consumed = broker.received.count { if case .consume = $0.kind { true } else { false } }
+            #expect(consumed == 1, "replies are not asked for again before the next request")
+        }
+    }
+
+    // MARK: Closing
+
+    @Test(arguments: ["idle", "publishing", "blocked", "silent after login", "connecting"])
+    func `closing takes no longer than it may, in every state`(state: String) async throws {
+        let isSilent = Mutex(state == "connecting")
+        try await withTransport { received, connection in
+            switch received.kind {
+            case .startOK: isSilent.withLock { $0 }
+            case .publish: state == "publishing" || state == "blocked"
+            case .connectionClose: true
+            case .channelOpen, .confirmSelect: state == "silent after login"
+            default: false
+            }
+        } body: { transport, broker in
+            let deadline = soon(60)
+            let publishing = Task {
+                await end { try await transport.publish(message(), deadline: deadline) }
+            }
+            let consuming = Task {
+                try? await transport.withConsumer(on: "q", prefetch: 1, deadline: deadline) { try await $0.next() }
+            }
+            try await broker.waitUntil { broker in
+                state == "idle" || state == "publishing" || state == "blocked"
+                    ? !broker.publishes().isEmpty
+                    : broker.received.count { if case .startOK = $0.kind { true } else { false } } == 2
+            }
+            if state == "idle" { _ = await publishing.value }
+            if state == "blocked" {
+                for connection in broker.connections { connection.block("memory") }
+                try await broker.waitUntil { _ in true }
+            }
+            let start = ContinuousClock.now
+            await transport.close(timeout: .seconds(1))
+            let took = ContinuousClock.now - start
+            #expect(took < .seconds(1.5), "\(took)")
+            let ended = await publishing.value
+            #expect(state == "idle" ? ended == "routed" : ended.hasSuffix("unknown") || ended.hasSuffix("unsent"))
+            _ = await consuming.value
+            try await broker.waitUntil { broker in broker.connections.allSatisfy(\.isClosed) }
+        }
+    }
+
+    @Test func `confirms that come after the close are ignored, and the goodbye is orderly`() async throws {
+        try await withTransport { received, connection in
+            if case .connectionClose = received.kind {
+                connection.ack(channel: 2, tag: 1)
+                connection.ack(channel: 2, tag: 2, multiple: true)
+            }
+            return received.publish != nil
+        } body: { transport, broker in
+            async let ends = publish([message(), message()], over: transport, deadline: 60)
+            try await broker.waitUntil { $0.publishes().count == 2 }
+            await transport.close(timeout: .seconds(2))
+            #expect(counts(await ends) == ["unsent unknown": 2])
+            try await broker.waitUntil { broker in
+                broker.received.contains { if case .connectionClose = $0.kind { true } else { false } }
+            }
+        }
+    }
+
+    @Test func `a connection that is lost while requests are under way leaves nothing behind`() async throws {
+        let before = AMQPDriver.liveCount.load(ordering: .relaxed)
+        weak var lost: RabbitMQConnection?
+        try await FakeBroker.withBroker(FakeBroker.Options()) { received, connection in
+            // Login works; the restoration of the topology does not.
+            guard case .declareQueue(_, let passive) = received.kind, !passive, received.connection > 1 else {
+                return false
+            }
+            connection.drop()
+            return true
+        } body: { broker in
+            var configuration = RabbitMQConfiguration(host: "127.0.0.1", port: broker.port)
+            configuration.heartbeat = .zero
+            configuration.reconnectDelay = .milliseconds(1)
+            configuration.maximumReconnectDelay = .milliseconds(10)
+            var connection: RabbitMQConnection? = try RabbitMQConnection(
+                configuration, name: "test", isForPublishing: true, logger: .silent, topology: DeclaredTopology())
+            lost = connection
+            for number in 0..<200 {
+                _ = try await connection?.request(
+                    .declareQueue(QueueDeclaration(try QueueName("q.\(number)"))), name: "declare", deadline: soon())
+            }
+            broker.connections[0].drop()
+            try await broker.waitUntil { $0.acceptedCount > 20 }
+            await connection?.close(timeout: .seconds(1))
+            connection = nil
+        }
+        let end = soon()
+        while AMQPDriver.liveCount.load(ordering: .relaxed) > before || lost != nil, .now < end { await Task.yield() }
+        #expect(AMQPDriver.liveCount.load(ordering: .relaxed) == before)
+        #expect(lost == nil)
+    }
+
+    // MARK: Liveness
+
+    @Test func `a peer that vanishes is noticed, and what was under way is confirmed on the next connection`()
+        async throws
+    {
+        var options = FakeBroker.Options()
+        options.sendsHeartbeats = false
+        try await withTransport(
+            options,
+            Settings { configuration in
+                configuration.heartbeat = .seconds(1)
+            }
+        ) { received, connection in
+            guard received.publish != nil, received.connection == 1 else { return false }
+            // It reads no more and says no more.
+            connection.stopReading()
+            return true
+        } body: { transport, broker in
+            let start = ContinuousClock.now
+            #expect(await isConfirmed(over: transport))
+            #expect(.now - start < .seconds(15))
+            #expect(broker.acceptedCount == 2)
+        }
+    }
+
+    @Test func `the default heartbeat notices a dead peer well before the default deadline of a publish`() {
+        let deadline = PublisherConfiguration(service: "s").deadline
+        #expect(RabbitMQConfiguration().heartbeat * 2 <= deadline * 2 / 3)
+        #expect(RabbitMQConfiguration().acknowledgementLimit <= deadline / 2)
+    }
+
+    @Test func `a headers frame that is larger than agreed on is read`() async throws {
+        try await withTransport { received, connection in
+            guard case .consume(_, let tag) = received.kind, received.channel > 2 || tag.hasPrefix("smap.") else {
+                return false
+            }
+            connection.replyConsumeOK(channel: received.channel, tag: tag)
+            var properties = AMQPProperties()
+            properties.headers = ["h": .string(String(repeating: "v", count: 140_000))]
+            connection.deliver(
+                channel: received.channel, consumerTag: tag, tag: 1, key: "a.b", properties: properties,
+                body: Array("first".utf8))
+            connection.deliver(
+                channel: received.channel, consumerTag: tag, tag: 2, key: "a.b", body: Array("second".utf8))
+            return true
+        } body: { transport, _ in
+            let bodies = try await transport.withConsumer(on: "q", prefetch: 10, deadline: soon()) { consumer in
+                [try await consumer.next()?.body, try await consumer.next()?.body]
+            }
+            #expect(bodies == [Array("first".utf8), Array("second".utf8)])
+        }
+    }
+
+    @Test func `a full socket is waited for, and what it takes late arrives whole`() async throws {
+        try await withTransport { received, connection in
+            guard let publish = received.publish, publish.tag == 1 else { return false }
+            connection.stopReading()
+            Task {
+                try await Task.sleep(for: .milliseconds(300))  // long enough to fill all buffers
+                connection.resumeReading()
+                connection.ack(channel: 2, tag: 1)
+            }
+            return true
+        } body: { transport, broker in
+            #expect(
+                counts(await publish((0..<60).map { _ in message(size: 300_000) }, over: transport)) == ["routed": 60])
+            #expect(broker.publishes().allSatisfy { $0.body.count == 300_000 || $0.tag == 1 })
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
+    // MARK: Requests to the broker
+
+    @Test func `declarations are repeated together after a loss, and what is only compared is not repeated`()
+        async throws
+    {
+        let held = Mutex<[FakeBroker.Received]>([])
+        try await withTransport { received, connection in
+            guard case .declareQueue(let name, false) = received.kind, received.connection == 2 else { return false }
+            // None is answered before a hundred have come.
+            let all = held.withLock { held in
+                held.append(received)
+                return held.count >= 100 ? held : []
+            }
+            if all.count == 100 {
+                for one in all {
+                    if case .declareQueue(let name, _) = one.kind {
+                        connection.replyDeclareOK(channel: one.channel, queue: name)
+                    }
+                }
+            } else if all.count > 100 {
+                connection.replyDeclareOK(channel: received.channel, queue: name)
+            }
+            return true
+        } body: { transport, broker in
+            for number in 0..<100 {
+                try await transport.declare(QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+            }
+            try await transport.compare(QueueDeclaration("compared"), deadline: soon())
+            broker.connections[0].drop()
+            try await broker.waitUntil { $0.acceptedCount == 2 }
+            #expect(await isConfirmed(over: transport))
+            let names = held.withLock { $0 }.compactMap { one -> String? in
+                if case .declareQueue(let name, _) = one.kind { name } else { nil }
+            }
+            #expect(names == (0..<100).map { "q.\($0)" })
+        }
+    }
+
+    @Test func `an error among declarations that are under way together concerns the right one`() async throws {
+        try await withTransport { received, connection in
+            guard case .declareQueue(let name, _) = received.kind, name == "q.7" else { return false }
+            connection.closeChannel(
+                received.channel, code: 406, text: "PRECONDITION_FAILED - inequivalent arg", classID: 50, methodID: 10)
+            return true
+        } body: { transport, _ in
+            let failed = await withTaskGroup(of: String?.self) { group in
+                for number in 0..<40 {
+                    group.addTask {
+                        do {
+                            try await transport.declare(
+                                QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+                            return nil
+                        } catch { return "q.\(number) \((error as? EventsError)?.code.description ?? "")" }
+                    }
+                }
+                var failed: [String] = []
+                for await name in group { if let name { failed.append(name) } }
+                return failed
+            }
+            #expect(failed == ["q.7 topologyConflict"])
+        }
+    }
+
+    @Test func `requests whose callers were cancelled leave room for others`() async throws {
+        try await withTransport { received, _ in
+            if case .declareQueue(let name, _) = received.kind { name.hasPrefix("mute") } else { false }
+        } body: { transport, _ in
+            try await transport.declare(QueueDeclaration("first"), deadline: soon())
+            for round in 0..<3 {
+                let tasks = (0..<1_000).map { number in
+                    Task {
+                        try await transport.declare(
+                            QueueDeclaration(try QueueName("mute.\(round).\(number)")), deadline: soon(3_600))
+                    }
+                }
+                for task in tasks { task.cancel() }
+                for task in tasks { _ = await task.result }
+            }
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.status(of: "mute.q", deadline: soon(0.5))
+            }
+            #expect(error?.code == .deadlineExceeded, "not overloaded")
+        }
+    }
+
+    @Test func `deadlines of any length are taken`() async throws {
+        try await withTransport { _, _ in
+            false
+        } body: { transport, _ in
+            let far = ContinuousClock.now + .seconds(Int64.max / 4)
+            #expect(await end { try await transport.publish(message(), deadline: far) } == "routed")
+            try await transport.declare(QueueDeclaration("q"), deadline: .now + .seconds(1e15))
+            let publisher = EventPublisher(transport: transport, configuration: PublisherConfiguration(service: "s"))
+            try await publisher.publish(
+                UntypedEvent(routingKey: "a.b", data: Array("{}".utf8)),
+                options: PublishOptions(deadline: .seconds(Int64.max / 4)))
+        }
+    }
+
+    @Test(arguments: [-1, 1 << 40]) func `a body size that cannot be meant is refused`(size: Int) {
+        var configuration = RabbitMQConfiguration()
+        configuration.maximumBodySize = size
+        #expect(throws: EventsError.self) { try RabbitMQTransport(configuration: configuration) }
+    }
+
+    // MARK: Logging in
+
+    @Test func `with EXTERNAL no password is sent, and a server that does not offer it is named as such`() async throws
+    {
+        let configuration = RabbitMQConfiguration(host: "127.0.0.1")
+        var external = configuration
+        external.authentication = .external
+        #expect(throws: EventsError.self, "it needs a certificate") { try RabbitMQTransport(configuration: external) }
+        var options = FakeBroker.Options()
+        options.mechanisms = "EXTERNAL"
+        try await withTransport(options) { _, _ in
+            false
+        } body: { transport, broker in
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.publish(message(), deadline: soon())
+            }
+            #expect(error?.code == .accessRefused)
+            #expect(error?.message.contains("PLAIN") == true)
+            #expect(
+                broker.received.isEmpty
+                    || !broker.received.contains { if case .startOK = $0.kind { true } else { false } })
+        }
+    }
+
+    @Test func `a server that let us in before and refuses us now is waited for`() async throws {
+        let isRefusing = Mutex(false)
+        try await withTransport(
+            FakeBroker.Options(),
+            Settings { configuration in
+                configuration.maximumReconnectDelay = .milliseconds(200)
+            }
+        ) { received, connection in
+            guard case .startOK = received.kind, isRefusing.withLock({ $0 }) else { return false }
+            connection.closeConnection(code: 403, text: "ACCESS_REFUSED - the backend is away")
+            return true
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            isRefusing.withLock { $0 = true }
+            broker.connections[0].drop()
+            try await broker.waitUntil { $0.acceptedCount >= 3 }
+            async let published = transport.publish(message(), deadline: soon())
+            try await broker.waitUntil { $0.acceptedCount >= 5 }
+            isRefusing.withLock { $0 = false }
+            #expect(try await published)
+        }
+    }
+
+    @Test func `a limit of connections is waited out`() async throws {
+        try await withTransport(
+            FakeBroker.Options(),
+            Settings { configuration in
+                configuration.maximumReconnectDelay = .milliseconds(200)
+            }
+        ) { received, connection in
+            guard case .open = received.kind, received.connection < 4 else { return false }
+            connection.closeConnection(
+                code: 530,
+                text: "NOT_ALLOWED - access to vhost '/' refused for user 'u': connection limit (1) is reached")
+            return true
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 4)
+        }
+    }
+
+    @Test(arguments: [
+        Array("AMQP".utf8) + [0, 0, 9, 0], Array("HTTP/1.1 400 Bad Request\r\n\r\n".utf8),
+        [1, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0], [1, 0, 0, 0, 0, 0, 0, 0xCE], [2, 0, 0, 0, 0, 0, 2, 0, 60, 0xCE],
+        [1, 0, 0, 0, 0, 0, 4, 0, 10, 0, 10, 0],
+    ])
+    func `bytes that are no AMQP end the attempt with a reason`(bytes: [UInt8]) async throws {
+        try await withTransport { received, connection in
+            guard case .startOK = received.kind else { return false }
+            connection.sendRaw(bytes)
+            return true
+        } body: { transport, _ in
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.declare(QueueDeclaration("q"), deadline: soon(1))
+            }
+            #expect(error?.message.isEmpty == false)
+        }
+    }
+}
