@@ -55,22 +55,24 @@ let package = Package(
         // What Swift's Glibc module does not show of Linux; empty elsewhere.
         .systemLibrary(name: "CConnectionThread"),
 
+        .target(name: "Waiting", swiftSettings: settings),
         .target(name: "ConnectionThread", dependencies: ["CConnectionThread", "COpenSSL"], swiftSettings: settings),
         .target(
             name: "SMAPEvents",
-            dependencies: [configuration, deque, lifecycle, logging, metrics, tracing],
+            dependencies: ["Waiting", configuration, deque, lifecycle, logging, metrics, tracing],
             swiftSettings: settings
         ),
         .target(
             name: "SMAPRabbitMQ",
             dependencies: [
-                "SMAPEvents", "ConnectionThread", "CRabbitMQ", configuration, deque, lifecycle, logging, metrics,
+                "SMAPEvents", "ConnectionThread", "Waiting", "CRabbitMQ", configuration, deque, lifecycle, logging,
+                metrics,
             ],
             swiftSettings: settings
         ),
         .target(
             name: "SMAPRedis",
-            dependencies: ["SMAPEvents", "ConnectionThread", "CHiredis", configuration, deque, logging],
+            dependencies: ["SMAPEvents", "ConnectionThread", "Waiting", "CHiredis", configuration, deque, logging],
             swiftSettings: settings
         ),
         .target(
@@ -95,6 +97,7 @@ let package = Package(
             swiftSettings: settings
         ),
 
+        .testTarget(name: "WaitingTests", dependencies: ["Waiting"], swiftSettings: settings),
         .testTarget(
             name: "ConnectionThreadTests",
             dependencies: ["ConnectionThread"],
@@ -111,7 +114,7 @@ let package = Package(
         ),
         .testTarget(
             name: "SMAPRabbitMQTests",
-            dependencies: ["SMAPRabbitMQ", "SMAPEvents", "ConnectionThread", configuration],
+            dependencies: ["SMAPRabbitMQ", "SMAPEvents", "ConnectionThread", "Waiting", configuration],
             swiftSettings: settings
         ),
         .testTarget(

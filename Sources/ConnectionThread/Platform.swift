@@ -46,16 +46,6 @@ package func prepare(socket descriptor: Int32) {
     #endif
 }
 
-extension Socket {
-    /// How long the peer may leave what was sent unacknowledged until the kernel ends the connection; zero for the system's
-    /// own limit, which is a quarter of an hour (RFC 5482; Linux only).
-    package static func setAcknowledgementLimit(_ descriptor: Int32, _ limit: Duration) {
-        #if os(Linux)
-        setOption(descriptor, tcpProtocol, TCP_USER_TIMEOUT, Int32(clamping: Int(limit / .milliseconds(1))))
-        #endif
-    }
-}
-
 /// A descriptor that becomes readable when another thread asks for attention: `eventfd`, or a pipe on Darwin.
 package final class Wakeup: Sendable {
     package let readEnd: Int32

@@ -15,6 +15,9 @@ package final class SocketStream {
     /// So much plain text is encrypted at a time, one TLS record: what is encrypted counts as sent.
     private static let recordSize = 16 * 1024
 
+    /// So many bytes that were sent may stay in memory.
+    private static let sentLimit = 256 * 1024
+
     package let descriptor: Int32
     /// Bytes of the protocol that are still to be sent.
     private var output: [UInt8] = []
@@ -78,6 +81,9 @@ package final class SocketStream {
     /// How many bytes were appended so far: the position in the stream of what is appended next.
     package var appendedCount: UInt64 { sentCount + UInt64(unsentCount) }
 
+    /// How many bytes are held in memory, those that were sent included.
+    package var heldCount: Int { output.count + records.count }
+
     /// How many bytes are waiting for the socket to take them.
     package var unsentCount: Int { output.count - outputStart }
 
@@ -88,6 +94,10 @@ package final class SocketStream {
     package func append(_ add: (inout [UInt8]) throws -> Void) rethrows {
         if outputStart == output.count {
             output.removeAll(keepingCapacity: output.capacity <= 1 << 20)
+            outputStart = 0
+        } else if outputStart > Self.sentLimit, outputStart > output.count / 2 {
+            // A socket that is slower than its writer never takes everything: what it has taken must go all the same.
+            output.removeSubrange(..<outputStart)
             outputStart = 0
         }
         try add(&output)

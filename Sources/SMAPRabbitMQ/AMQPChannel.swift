@@ -20,13 +20,26 @@ final class AMQPChannel {
         case consuming(Consumer)
     }
 
+    /// How the channel stands. One value, so that no two parts of it can contradict each other.
+    enum State {
+        /// There is none of this number at the broker.
+        case closed
+        /// It is opened; the broker has until `limit` to answer.
+        case opening(limit: MonotonicTime)
+        case open
+        /// We are closing it; the broker has until `limit` to answer. Nothing else is sent on it.
+        case closing(limit: MonotonicTime)
+        /// It could not be opened, or was closed at once; it is opened again at that time.
+        case waiting(until: MonotonicTime)
+    }
+
     /// What a reply is for.
     enum Completion {
-        case opened
-        case confirmsSelected
-        case repliesConsumed(BrokerRequest?)
+        /// A part of opening the channel; the last one makes it usable.
+        case opening(isLast: Bool)
+        case repliesConsumed
         case prefetchSet
-        case restored
+        case restored(BrokerRequest.Operation)
         case closedByUs
         case request(BrokerRequest)
     }
@@ -40,10 +53,7 @@ final class AMQPChannel {
         /// Whether a caller still waits for it; checked before it is sent.
         var isWanted: Bool {
             switch completion {
-            case .request(let request):
-                // A channel is closed whoever waits for it: its deliveries go back to their queue only then.
-                if case .closeConsumer = request.operation { true } else { !request.isAnswered }
-            case .repliesConsumed(let request?): !request.isAnswered
+            case .request(let request): !request.isAnswered || request.isClose
             default: true
             }
         }
@@ -73,11 +83,8 @@ final class AMQPChannel {
 
     let number: amqp_channel_t
     let role: Role
-    var isOpen = false
-    var isClosing = false
+    private(set) var state = State.closed
     var assembly: Assembly?
-    /// When it is opened again after a failure; nil if it is not waiting for that.
-    var reopenTime: MonotonicTime?
     /// How often in a row it was closed before anything was done on it.
     var failures = 0
     private var queued: Deque<Step> = []
@@ -88,13 +95,41 @@ final class AMQPChannel {
         self.role = role
     }
 
-    var isIdle: Bool { queued.isEmpty && awaiting.isEmpty }
+    /// Whether messages and settlements can be sent on it.
+    var isOpen: Bool { if case .open = state { true } else { false } }
+
+    /// Whether it is of no use any more, or will not be soon.
+    var isClosing: Bool { if case .closing = state { true } else { false } }
+
+    /// When the driver must look at it, if nothing comes before.
+    var limit: MonotonicTime {
+        switch state {
+        case .opening(let limit), .closing(let limit), .waiting(let limit): limit
+        case .closed, .open: .distantFuture
+        }
+    }
 
     func enqueue(_ step: Step) { queued.append(step) }
 
-    /// The methods to send now.
+    /// Begins to open it: these steps go before all others.
+    func beginOpening(_ steps: [Step], limit: MonotonicTime) {
+        state = .opening(limit: limit)
+        for step in steps.reversed() { queued.prepend(step) }
+    }
+
+    /// The last step of opening was answered.
+    func opened() { state = .open }
+
+    /// It is opened again later.
+    func wait(until time: MonotonicTime) { state = .waiting(until: time) }
+
+    /// The methods to send now: none on a channel that is being closed, since the broker would ignore them.
     func takeSteps() -> [Step] {
-        guard !queued.isEmpty, reopenTime == nil else { return [] }
+        guard !queued.isEmpty else { return [] }
+        switch state {
+        case .opening, .open: break
+        case .closed, .closing, .waiting: return []
+        }
         var steps: [Step] = []
         while awaiting.count < Self.pipelineLimit, let step = queued.popFirst() {
             guard step.isWanted else { continue }
@@ -104,28 +139,45 @@ final class AMQPChannel {
         return steps
     }
 
-    /// The step that a reply is for; nil if there is none.
+    /// Begins to close it. What is in flight is answered before; what is queued waits for the next channel of this number.
+    func beginClosing(_ step: Step, limit: MonotonicTime) {
+        state = .closing(limit: limit)
+        awaiting.append(step)
+    }
+
+    /// The step that a reply is for; nil if it is for none, which no broker should send.
     func takeStep(for method: amqp_method_t) -> Step? {
         guard let step = awaiting.first, step.reply == method.id else { return nil }
         return awaiting.removeFirst()
     }
 
-    /// The broker has closed the channel: the oldest step in flight was at fault, if the broker closed it for a step.
-    /// Those behind it were ignored, and are sent again on the next channel of this number.
-    func closed(isFaultOfStep: Bool) -> Step? {
-        isOpen = false
+    /// The channel is gone: the broker has closed it, or has answered our close.
+    ///
+    /// Where the broker has closed it for a step, that is the oldest one in flight, which is returned. Those behind it were
+    /// ignored, and are sent again on the next channel of this number; opening and closing begin again.
+    func closed(isFaultOfStep: Bool) -> (failed: Step?, closing: Step?) {
+        state = .closed
         assembly = nil
-        let failed = isFaultOfStep ? awaiting.popFirst() : nil
+        var failed: Step?
+        var closing: Step?
+        if isFaultOfStep, let first = awaiting.first, !first.isPartOfClosing { failed = awaiting.popFirst() }
         for step in awaiting.reversed() {
             switch step.completion {
-            // Part of opening the channel, which begins again.
-            case .opened, .confirmsSelected, .closedByUs: break
+            case .opening, .repliesConsumed, .prefetchSet: break
+            case _ where step.isPartOfClosing: closing = step
             default: queued.prepend(step)
             }
         }
         awaiting = []
-        return failed
+        queued.removeAll { if case .repliesConsumed = $0.completion { true } else { false } }
+        return (failed, closing)
     }
+
+    /// Whether no method is in flight.
+    var isIdle: Bool { awaiting.isEmpty }
+
+    /// The oldest method in flight that a certain reply is for.
+    func oldestStep(answeredBy reply: amqp_method_number_t) -> Step? { awaiting.first { $0.reply == reply } }
 
     /// Everything that waits for a reply or to be sent, when there will be none.
     func takeAll() -> [Step] {
@@ -135,9 +187,12 @@ final class AMQPChannel {
         }
         return Array(awaiting) + Array(queued)
     }
+}
 
-    /// Puts the steps of opening before all others.
-    func enqueueFirst(_ steps: [Step]) {
-        for step in steps.reversed() { queued.prepend(step) }
-    }
+extension AMQPChannel.Step {
+    /// Whether it is `channel.close`.
+    var isPartOfClosing: Bool { reply == AMQP_CHANNEL_CLOSE_OK_METHOD }
+
+    /// Whether the channel cannot be used without it.
+    var isPartOfOpening: Bool { if case .opening = completion { true } else { false } }
 }

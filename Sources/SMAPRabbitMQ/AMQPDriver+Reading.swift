@@ -65,7 +65,10 @@ extension AMQPDriver {
             if channel.assembly?.dropsBody == false { channel.assembly?.body.reserveCapacity(Int(size)) }
             try completeMessage(channel)
         case .body:
-            guard let channel = channels[frame.channel], channel.assembly != nil else { return }
+            guard let channel = channels[frame.channel], let assembly = channel.assembly else { return }
+            guard let expected = assembly.expected, assembly.received + UInt64(frame.payload.count) <= expected else {
+                throw AMQPFailure.unexpected("a body that is longer than its header says, or has none")
+            }
             channel.assembly?.received += UInt64(frame.payload.count)
             if channel.assembly?.dropsBody == false { channel.assembly?.body.append(contentsOf: frame.payload) }
             try completeMessage(channel)
@@ -76,13 +79,10 @@ extension AMQPDriver {
         switch method.id {
         case AMQP_CONNECTION_BLOCKED_METHOD:
             isBlocked = true
-            // A broker that blocks does not read: what waits in the socket's buffers is no sign of a dead peer.
-            Socket.setAcknowledgementLimit(descriptor, .zero)
             let blocked = method.decoded?.load(as: amqp_connection_blocked_t.self)
-            connection.blocked(blocked.map { Self.string($0.reason) } ?? "")
+            connection.blocked(blocked.map { Self.text($0.reason) } ?? "")
         case AMQP_CONNECTION_UNBLOCKED_METHOD:
             isBlocked = false
-            Socket.setAcknowledgementLimit(descriptor, connection.configuration.acknowledgementLimit)
             connection.blocked(nil)
         case AMQP_CONNECTION_CLOSE_METHOD:
             let close = method.decoded?.load(as: amqp_connection_close_t.self)
@@ -90,7 +90,7 @@ extension AMQPDriver {
             stream.append { $0 += frame }
             _ = try? stream.flush()
             throw AMQPFailure.closedByBroker(
-                code: Int(close?.reply_code ?? 0), text: close.map { Self.string($0.reply_text) } ?? "",
+                code: Int(close?.reply_code ?? 0), text: close.map { Self.text($0.reply_text) } ?? "",
                 method: close.map { UInt32($0.class_id) << 16 | UInt32($0.method_id) } ?? 0)
         default: break
         }
@@ -125,10 +125,14 @@ extension AMQPDriver {
         case AMQP_CHANNEL_CLOSE_METHOD:
             let close = decoded.load(as: amqp_channel_close_t.self)
             try channelClosed(
-                channel, code: Int(close.reply_code), text: Self.string(close.reply_text),
+                channel, code: Int(close.reply_code), text: Self.text(close.reply_text),
                 method: UInt32(close.class_id) << 16 | UInt32(close.method_id))
         default:
-            guard let step = channel.takeStep(for: method) else { return }
+            guard let step = channel.takeStep(for: method) else {
+                // Our close and the broker's have crossed: the channel is opened again already.
+                if method.id == AMQP_CHANNEL_CLOSE_OK_METHOD { return }
+                throw AMQPFailure.unexpected("a reply \(method.id >> 16).\(method.id & 0xFFFF) that was not asked for")
+            }
             try complete(step, on: channel, .success(method))
             try sendSteps(channel)
         }
@@ -136,7 +140,7 @@ extension AMQPDriver {
 
     private func confirm(_ channel: AMQPChannel, _ tag: UInt64, multiple: Bool, isNack: Bool) {
         // What was sent on a channel that is being closed has been taken back.
-        guard case .publishing = channel.role, channel.isOpen, !channel.isClosing else { return }
+        guard channel === publishing, channel.isOpen else { return }
         channel.failures = 0
         publishEvents.append(.confirmed(tag: tag, multiple: multiple, isNack: isNack))
     }
@@ -145,8 +149,9 @@ extension AMQPDriver {
     func applyPublishEvents() throws {
         guard !publishEvents.isEmpty else { return }
         defer { publishEvents.removeAll(keepingCapacity: true) }
-        let resumptions = connection.window.withLock { $0.apply(publishEvents) }
+        let resumptions = connection.window.withLock { $0.apply(publishEvents, now: lastReceived) }
         guard let resumptions else { throw AMQPFailure.unexpected("a confirm for a message that was not sent") }
+        answeredCount += resumptions.publishes.count
         connection.resume(resumptions)
     }
 
@@ -192,7 +197,7 @@ extension AMQPDriver {
         guard !deliveries.isEmpty else { return }
         defer { deliveries.removeAll(keepingCapacity: true) }
         for (consumer, deliveries) in deliveries where !consumer.deliver(deliveries) {
-            throw AMQPFailure.unexpected("a delivery out of order")
+            throw AMQPFailure.unexpected("a delivery out of order, or beyond the prefetch")
         }
     }
 
@@ -207,21 +212,32 @@ extension AMQPDriver {
             AMQPFailure.brokerCode(code) ?? .connectionLost, text, operation: "channel \(channel.number)")
         switch channel.role {
         case .topology:
-            let failed = channel.closed(isFaultOfStep: true)
-            try reopen(channel, isFailure: failed == nil, error)
-            if let failed { try complete(failed, on: channel, .failure(error)) }
+            let (failed, _) = channel.closed(isFaultOfStep: true)
+            if let failed, !failed.isPartOfOpening {
+                try complete(failed, on: channel, .failure(error))
+                try open(channel)
+            } else {
+                try reopenLater(channel, error)
+            }
         case .publishing:
             let wasOpen = channel.isOpen
             let isFaultOfMessage = method == AMQP_BASIC_PUBLISH_METHOD || (method == 0 && wasOpen)
-            let failed = channel.closed(isFaultOfStep: !isFaultOfMessage)
-            let wasInUse = connection.publishingChannelClosed(code, text, isFaultOfMessage: isFaultOfMessage)
-            if let failed { try complete(failed, on: channel, .failure(error)) }
-            // A channel that is closed although nothing was done on it would be closed again.
-            let isFaultOfReplies = if case .repliesConsumed = failed?.completion { true } else { false }
-            try reopen(channel, isFailure: !isFaultOfReplies && (!wasOpen || !wasInUse), error)
+            let (failed, closing) = channel.closed(isFaultOfStep: !isFaultOfMessage)
+            let isPassing = AMQPFailure.isStateOfServer(code)
+            let wasInUse = connection.publishingChannelClosed(
+                code, text, isFaultOfMessage: isFaultOfMessage && !isPassing)
+            if let failed, case .repliesConsumed = failed.completion {
+                try complete(failed, on: channel, .failure(error))
+                try open(channel)
+            } else if closing != nil || (wasOpen && wasInUse && !isPassing) {
+                try open(channel)
+            } else {
+                // A channel that is closed although nothing was done on it would be closed again.
+                try reopenLater(channel, error)
+            }
         case .consuming(let consumer):
             try handDeliveriesOn()
-            let failed = channel.closed(isFaultOfStep: true)
+            let (failed, closing) = channel.closed(isFaultOfStep: true)
             channels[channel.number] = nil
             connection.remove(consumer)
             // Once it consumes, 406 means that something was unsettled for too long (`consumer_timeout`): it comes again.
@@ -229,16 +245,16 @@ extension AMQPDriver {
             for step in [failed].compactMap({ $0 }) + channel.takeAll() {
                 try complete(step, on: channel, .failure(error))
             }
+            if case .request(let request) = closing?.completion { answer(request, .success(.done)) }
             consumer.fail(EventsError(code, text, operation: "consume from \(consumer.queue)"))
         }
     }
 
-    /// Opens a channel again: at once, or after a pause that grows when opening it is what fails.
-    private func reopen(_ channel: AMQPChannel, isFailure: Bool, _ error: EventsError) throws {
-        guard isFailure else { return try open(channel) }
+    /// Opens a channel again after a pause that grows.
+    private func reopenLater(_ channel: AMQPChannel, _ error: EventsError) throws {
         channel.failures += 1
         let delay = connection.configuration.backoff.delay(after: channel.failures)
-        channel.reopenTime = MonotonicTime.now.advanced(by: delay)
-        if case .publishing = channel.role { connection.publishingBlocked(error, retryIn: delay) }
+        channel.wait(until: MonotonicTime.now.advanced(by: delay))
+        connection.channelBlocked(isForPublishing: channel === publishing, error, retryIn: delay)
     }
 }

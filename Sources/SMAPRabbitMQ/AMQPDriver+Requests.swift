@@ -7,7 +7,7 @@ internal import SMAPEvents
 extension AMQPDriver {
     /// Sends a request. What cannot be encoded fails by itself.
     func begin(_ request: BrokerRequest) throws {
-        guard !request.isAnswered else { return connection.forget(request) }
+        guard !request.isAnswered || request.isClose else { return connection.forget(request) }
         do {
             switch request.operation {
             case .consume(let consumer): try beginConsuming(consumer, request)
@@ -16,8 +16,14 @@ extension AMQPDriver {
             case .consumeReplies: try beginConsumingReplies(request)
             default:
                 let step = try step(for: request.operation, .request(request))
-                if channels[topology.number] == nil, topology.reopenTime == nil { try open(topology) }
+                guard step.frame.count <= limits.frameLimit else {
+                    connection.forget(request)
+                    return request.fail(
+                        .invalidConfiguration,
+                        "it has \(step.frame.count) bytes, and the broker takes \(limits.frameLimit) (frame_max)")
+                }
                 topology.enqueue(step)
+                if case .closed = topology.state { try open(topology) }
             }
         } catch let failure as AMQPFailure {
             // Names are checked before; this is what no check has foreseen.
@@ -83,34 +89,36 @@ extension AMQPDriver {
         _ step: AMQPChannel.Step, on channel: AMQPChannel, _ result: Result<amqp_method_t, EventsError>
     ) throws {
         switch step.completion {
-        case .opened:
-            guard case .success = result else { return }
-            if case .publishing = channel.role { return }
-            channel.isOpen = true
-        case .confirmsSelected:
-            guard case .success = result else { return }
-            // Replies are consumed next, where they are wanted: the channel is open for messages all the same.
-            channel.isOpen = true
-            connection.publishingOpened()
-        case .prefetchSet: break
-        case .restored:
-            restoring -= 1
-            restoreLimit = MonotonicTime.now.advanced(by: connection.configuration.stallLimit)
-            if case .failure(let error) = result {
-                connection.logger.warning("topology was not restored", metadata: ["reason": "\(error)"])
+        case .opening(let isLast):
+            guard isLast, case .success = result else { return }
+            channel.opened()
+            if channel === publishing {
+                connection.publishingOpened()
+                // Requests that came while it was opened.
+                if !repliesRequests.isEmpty { try consumeReplies() }
             }
+            if channel === topology { connection.topologyOpened() }
+        case .prefetchSet: break
+        case .restored(let operation):
+            restoring -= 1
+            restoreLimit = answerLimit
+            if case .failure(let error) = result { connection.restorationRefused(operation, error) }
+            if restoring == 0 { connection.restored() }
         case .closedByUs:
-            channel.isClosing = false
-            channel.isOpen = false
+            _ = channel.closed(isFaultOfStep: false)
             try open(channel)
-        case .repliesConsumed(let request):
+        case .repliesConsumed:
+            let requests = repliesRequests
+            repliesRequests = []
             switch result {
             case .success:
+                replies = .consumed
                 connection.repliesConsumed(nil)
-                if let request { answer(request, .success(.done)) }
+                for request in requests { answer(request, .success(.done)) }
             case .failure(let error):
+                replies = .none
                 connection.repliesConsumed(error)
-                if let request { answer(request, .failure(error)) }
+                for request in requests { answer(request, .failure(error)) }
             }
         case .request(let request):
             try complete(request, on: channel, result)
@@ -137,7 +145,7 @@ extension AMQPDriver {
         }
     }
 
-    private func answer(_ request: BrokerRequest, _ result: Result<BrokerRequest.Reply, EventsError>) {
+    func answer(_ request: BrokerRequest, _ result: Result<BrokerRequest.Reply, EventsError>) {
         connection.forget(request)
         switch result {
         case .success(let reply): request.succeed(reply)
@@ -149,7 +157,9 @@ extension AMQPDriver {
 
     /// Replies to requests come on the channel that asks, from a queue that is none (RabbitMQ guide, "Direct Reply-to"): it
     /// must be consumed before the first request, without acknowledgements.
-    func consumeReplies(_ request: BrokerRequest?) throws -> AMQPChannel.Step {
+    /// A channel takes one consumer of replies, so this is asked once.
+    func consumeReplies() throws {
+        guard replies == .none else { return }
         let frame = try CArena.with { arena in
             var method = amqp_basic_consume_t()
             method.queue = arena.bytes(RabbitMQTransport.directReplyTo)
@@ -157,13 +167,17 @@ extension AMQPDriver {
             method.no_ack = 1
             return try MethodEncoder.frame(AMQP_BASIC_CONSUME_METHOD, on: publishing.number, method)
         }
-        return AMQPChannel.Step(
-            reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: frame, completion: .repliesConsumed(request))
+        replies = .asked
+        publishing.enqueue(
+            AMQPChannel.Step(reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: frame, completion: .repliesConsumed))
     }
 
     private func beginConsumingReplies(_ request: BrokerRequest) throws {
-        guard !connection.repliesAreConsumed else { return answer(request, .success(.done)) }
-        publishing.enqueue(try consumeReplies(request))
+        guard replies != .consumed else { return answer(request, .success(.done)) }
+        repliesRequests.removeAll(where: \.isAnswered)
+        repliesRequests.append(request)
+        // One that is being opened or closed asks by itself once it is open.
+        if publishing.isOpen { try consumeReplies() }
     }
 
     // MARK: Consumers
@@ -194,8 +208,8 @@ extension AMQPDriver {
                 reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: .request(request)),
         ]
         let channel = AMQPChannel(number: number, role: .consuming(consumer))
-        try open(channel)
         for step in steps { channel.enqueue(step) }
+        try open(channel)
         connection.add(consumer)
     }
 
@@ -239,7 +253,6 @@ extension AMQPDriver {
             return
         }
         if channel.isOpen { sendSettlements(of: consumer, on: channel) }
-        channel.isClosing = true
-        channel.enqueue(try closeStep(channel, .request(request)))
+        try beginClosing(channel, .request(request))
     }
 }

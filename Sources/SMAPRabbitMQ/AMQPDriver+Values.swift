@@ -14,6 +14,12 @@ extension AMQPDriver {
         String(decoding: UnsafeRawBufferPointer(start: bytes.bytes, count: bytes.len), as: UTF8.self)
     }
 
+    /// A text of the broker's for errors and logs: one line, of 255 bytes at most.
+    static func text(_ bytes: amqp_bytes_t) -> String {
+        let scalars = string(amqp_bytes_t(len: min(bytes.len, 255), bytes: bytes.bytes)).unicodeScalars
+        return String(String.UnicodeScalarView(scalars.map { $0.value < 0x20 || $0.value == 0x7F ? " " : $0 }))
+    }
+
     static func properties(_ raw: amqp_basic_properties_t) -> MessageProperties {
         func text(_ flag: Int32, _ value: amqp_bytes_t) -> String? {
             raw._flags & amqp_flags_t(flag) != 0 ? string(value) : nil

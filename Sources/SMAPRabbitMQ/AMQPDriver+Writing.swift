@@ -20,7 +20,7 @@ extension AMQPDriver {
 
     func sendSettlements() throws {
         for channel in channels.values {
-            guard case .consuming(let consumer) = channel.role, channel.isOpen, !channel.isClosing else { continue }
+            guard case .consuming(let consumer) = channel.role, channel.isOpen else { continue }
             sendSettlements(of: consumer, on: channel)
         }
     }
@@ -41,42 +41,49 @@ extension AMQPDriver {
     }
 
     /// Whether messages can be written now.
-    var canPublish: Bool { publishing.isOpen && !publishing.isClosing && !isBlocked && restoring == 0 }
+    var canPublish: Bool { publishing.isOpen && !isBlocked && restoring == 0 }
 
     /// Writes messages, until the socket is full or there are no more.
-    func writePublishes() throws {
+    func writePublishes(_ now: MonotonicTime) throws {
         guard canPublish else { return }
         while stream.unsentCount < Self.batchLimit {
             let budget = Self.batchLimit - stream.unsentCount
             var resumptions = PublishWindow.Resumptions()
             let batch = connection.window.withLock {
                 $0.takeBatch(
-                    budget: budget, position: stream.appendedCount, frameLimit: limits.frameLimit, &resumptions)
+                    budget: budget, position: stream.appendedCount, frameLimit: limits.frameLimit, now: now,
+                    &resumptions)
             }
-            connection.resume(resumptions)
+            if !resumptions.isEmpty { connection.resume(resumptions) }
             guard !batch.isEmpty else { return }
             stream.append { output in
                 for publish in batch {
-                    output += publish.message.head
-                    output.append(
-                        body: publish.message.body, on: publishing.number, frameLimit: limits.frameLimit)
+                    guard let message = publish.message else { continue }
+                    output += message.head
+                    output.append(body: message.body, on: publishing.number, frameLimit: limits.frameLimit)
                 }
             }
             guard try stream.flush() else { return }
-            lastSent = .now
+            lastSent = now
         }
     }
 
     /// Closes the publishing channel, which then is opened again: its unconfirmed messages that no caller waits for hold up
     /// the others.
     func resetPublishing(_ now: MonotonicTime) throws {
-        guard publishing.isOpen, !publishing.isClosing, !isBlocked else { return }
-        publishing.isClosing = true
+        guard publishing.isOpen, !isBlocked else { return }
+        try beginClosing(publishing, .closedByUs)
+        replies = .none
         connection.publishingReset(now)
-        publishing.enqueue(try closeStep(publishing, .closedByUs))
     }
 
-    func closeStep(_ channel: AMQPChannel, _ completion: AMQPChannel.Completion) throws -> AMQPChannel.Step {
+    func beginClosing(_ channel: AMQPChannel, _ completion: AMQPChannel.Completion) throws {
+        let step = try closeStep(channel, completion)
+        channel.beginClosing(step, limit: answerLimit)
+        stream.append { $0 += step.frame }
+    }
+
+    private func closeStep(_ channel: AMQPChannel, _ completion: AMQPChannel.Completion) throws -> AMQPChannel.Step {
         var method = amqp_channel_close_t()
         method.reply_code = UInt16(AMQP_REPLY_SUCCESS)
         method.reply_text = amqp_empty_bytes

@@ -18,8 +18,9 @@ final class AMQPDriver: ConnectionDriver {
     static let goodbyeLimit = Duration.seconds(1)
     static let heartbeatFrame: [UInt8] = [Frame.Kind.heartbeat.rawValue, 0, 0, 0, 0, 0, 0, FrameParser.end]
 
-    /// How many there are, for the test that looks for retain cycles.
-    static let liveCount = Atomic<Int>(0)
+    enum RepliesState {
+        case none, asked, consumed
+    }
 
     let connection: RabbitMQConnection
     let stream: SocketStream
@@ -33,8 +34,14 @@ final class AMQPDriver: ConnectionDriver {
     var isBlocked = false
     var lastSent = MonotonicTime.now
     var lastReceived = MonotonicTime.now
+    /// Whether replies to requests are consumed on the publishing channel that is open now.
+    var replies = RepliesState.none
+    /// The requests that wait for that.
+    var repliesRequests: [BrokerRequest] = []
     /// What one read has brought for the window, taken in under one lock.
     var publishEvents: [PublishWindow.Event] = []
+    /// How many callers were answered in this round.
+    var answeredCount = 0
     /// What one read has brought for each consumer.
     var deliveries: [(consumer: Consumer, deliveries: [InboundDelivery])] = []
     /// Declarations that are being repeated after a loss; nothing else is done before they are back.
@@ -56,9 +63,8 @@ final class AMQPDriver: ConnectionDriver {
         (stream, limits) = try Self.connect(configuration, name, thread, deadline, &parser, decoder)
         self.decoder = decoder
         self.parser = parser
-        Self.liveCount.add(1, ordering: .relaxed)
+        connection.driverCount.add(1, ordering: .relaxed)
         nextChannel = connection.isForPublishing ? Self.publishingChannel + 1 : Self.publishingChannel
-        Socket.setAcknowledgementLimit(descriptor, configuration.acknowledgementLimit)
         do {
             try restoreTopology()
             if connection.isForPublishing { try open(publishing) }
@@ -70,7 +76,7 @@ final class AMQPDriver: ConnectionDriver {
         connection.opened()
     }
 
-    deinit { Self.liveCount.subtract(1, ordering: .relaxed) }
+    deinit { connection.driverCount.subtract(1, ordering: .relaxed) }
 
     private static func connect(
         _ configuration: RabbitMQConfiguration, _ name: String, _ thread: ConnectionThread, _ deadline: MonotonicTime,
@@ -98,8 +104,8 @@ final class AMQPDriver: ConnectionDriver {
                     throw error
                 }
             } catch let error as AMQPFailure {
-                // The nodes of a cluster have the same users.
-                if case .closedByBroker = error { throw error }
+                // The nodes of a cluster have the same users. Everything else may be a matter of this node.
+                if case .closedByBroker(403, _, _) = error { throw error }
                 failure = error
             } catch let error as SocketError where error.kind == .interrupted {
                 throw error
@@ -114,47 +120,54 @@ final class AMQPDriver: ConnectionDriver {
     private func restoreTopology() throws {
         let operations = connection.topology.operations
         restoring = operations.count
-        restoreLimit = MonotonicTime.now.advanced(by: connection.configuration.stallLimit)
+        restoreLimit = answerLimit
         guard restoring > 0 else { return }
+        connection.restoring(restoring)
+        for operation in operations { topology.enqueue(try step(for: operation, .restored(operation))) }
         try open(topology)
-        for operation in operations { topology.enqueue(try step(for: operation, .restored)) }
     }
+
+    /// Until when the broker must have answered what is asked of it now.
+    var answerLimit: MonotonicTime { MonotonicTime.now.advanced(by: connection.configuration.stallLimit) }
 
     /// Puts the opening of a channel before all that is to be done on it.
     func open(_ channel: AMQPChannel) throws {
         channels[channel.number] = channel
-        channel.reopenTime = nil
         var open = amqp_channel_open_t()
         open.out_of_band = amqp_empty_bytes
+        let isPublishing = channel === publishing
         var steps = [
             AMQPChannel.Step(
                 reply: AMQP_CHANNEL_OPEN_OK_METHOD,
-                frame: try MethodEncoder.frame(AMQP_CHANNEL_OPEN_METHOD, on: channel.number, open), completion: .opened)
+                frame: try MethodEncoder.frame(AMQP_CHANNEL_OPEN_METHOD, on: channel.number, open),
+                completion: .opening(isLast: !isPublishing))
         ]
-        if case .publishing = channel.role {
+        if isPublishing {
             steps.append(
                 AMQPChannel.Step(
                     reply: AMQP_CONFIRM_SELECT_OK_METHOD,
                     frame: try MethodEncoder.frame(
                         AMQP_CONFIRM_SELECT_METHOD, on: channel.number, amqp_confirm_select_t(nowait: 0)),
-                    completion: .confirmsSelected))
-            if connection.repliesAreWanted { steps.append(try consumeReplies(nil)) }
+                    completion: .opening(isLast: true)))
+            replies = .none
         }
-        channel.enqueueFirst(steps)
+        channel.beginOpening(steps, limit: answerLimit)
+        if isPublishing, connection.repliesAreWanted || !repliesRequests.isEmpty { try consumeReplies() }
     }
 
     // MARK: The loop
 
     func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest {
+        answeredCount = 0
         let mayHaveMore = isReadable ? try read(now) : false
         try checkTimes(now)
         if restoring == 0 {
             for request in connection.takeRequests() { try begin(request) }
         }
-        if connection.window.withLock({ $0.needsReset }) { try resetPublishing(now) }
+        if connection.window.withLock({ $0.needsReset(now: now) }) { try resetPublishing(now) }
         try sendSteps()
         try sendSettlements()
-        try writePublishes()
+        try writePublishes(now)
         let before = stream.sentCount
         let isFlushed = try stream.flush()
         if stream.sentCount > before { lastSent = now }
@@ -169,8 +182,17 @@ final class AMQPDriver: ConnectionDriver {
                 "the topology was not declared again within \(connection.configuration.stallLimit) (stallLimit)",
                 operation: "connection")
         }
-        for channel in [topology, publishing] {
-            if let time = channel.reopenTime, now >= time { try open(channel) }
+        for channel in channels.values where now >= channel.limit {
+            switch channel.state {
+            case .waiting: try open(channel)
+            // A broker that blocks reads nothing, and so answers nothing.
+            case .opening where !isBlocked, .closing where !isBlocked:
+                throw EventsError(
+                    .connectionLost,
+                    "the broker did not open or close channel \(channel.number) within "
+                        + "\(connection.configuration.stallLimit) (stallLimit)", operation: "connection")
+            default: break
+            }
         }
         guard limits.heartbeat > 0 else { return }
         // Two intervals without a sign of life (RabbitMQ guide, "Heartbeats").
@@ -192,19 +214,24 @@ final class AMQPDriver: ConnectionDriver {
                 isFlushed ? lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)) : .distantFuture)
         }
         if restoring > 0 { time = min(time, restoreLimit) }
-        for channel in [topology, publishing] { time = min(time, channel.reopenTime ?? .distantFuture) }
+        if !isBlocked { for channel in channels.values { time = min(time, channel.limit) } }
         // What cannot be written now waits for something else than time.
-        if isFlushed, canPublish, let patience = connection.window.withLock({ $0.patience }) {
-            time = min(time, now.advanced(by: patience))
+        if isFlushed, canPublish {
+            let (patience, suspectTime) = connection.window.withLock { ($0.patience, $0.suspectTime) }
+            time = min(time, suspectTime)
+            if let patience { time = min(time, now.advanced(by: patience)) }
         }
         return time == .distantFuture ? nil : time
     }
 
-    /// How long work may pile up before the next round, in microseconds. While hundreds of messages are in flight both
-    /// sides have enough to do meanwhile, and each round then handles dozens at once.
+    /// How long work may pile up before the next round, in microseconds.
+    ///
+    /// While hundreds of messages are in flight both sides have enough to do meanwhile, and each round then handles dozens at
+    /// once. Where some callers have just been answered together, they are given time to publish again together: else each
+    /// wakes this thread, which costs more than their messages do.
     private var pause: UInt32 {
-        let sent = connection.window.withLock { $0.sentCount }
-        if sent >= 256 { return 2_000 }
+        if connection.window.withLock({ $0.sentCount }) >= 256 { return 2_000 }
+        if answeredCount > 1 { return UInt32(min(300, 50 + 8 * answeredCount)) }
         let isConsuming = channels.values.contains {
             if case .consuming(let consumer) = $0.role { consumer.isBusy } else { false }
         }
@@ -215,7 +242,15 @@ final class AMQPDriver: ConnectionDriver {
 
     func finish(_ error: (any Error)?) {
         if let error {
-            connection.ended(error, sentBytes: stream.sentCount, blamed: requestInFlight(error))
+            var blamed: BrokerRequest?
+            switch stepInFlight(error)?.completion {
+            case .request(let request): blamed = request
+            case .restored(let operation): connection.restorationRefused(operation, error)
+            default: break
+            }
+            // Without a name, a message is to blame only where there was nothing else.
+            let isRefusal = AMQPFailure.isRefusalOfMessage(error, hasRequests: channels.values.contains { !$0.isIdle })
+            connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, isRefusal: isRefusal)
         } else {
             sayGoodbye()
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))
@@ -226,15 +261,11 @@ final class AMQPDriver: ConnectionDriver {
         stream.close()
     }
 
-    /// The request that the broker has closed the connection for.
-    private func requestInFlight(_ error: any Error) -> BrokerRequest? {
+    /// The step that the broker has closed the connection for: the oldest of its method that is in flight.
+    private func stepInFlight(_ error: any Error) -> AMQPChannel.Step? {
         guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0 else { return nil }
-        for channel in channels.values {
-            for step in channel.takeAll() where step.reply == method | 1 {
-                if case .request(let request) = step.completion { return request }
-            }
-        }
-        return nil
+        // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
+        return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method + 1) }.first
     }
 
     /// Closes the connection in order. A broker that blocks does not read, and would not answer.

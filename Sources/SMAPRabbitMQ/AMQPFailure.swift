@@ -28,7 +28,7 @@ enum AMQPFailure: Error {
                 failure.description, operation: operation)
         case AMQPFailure.closedByBroker(let code, let text, _):
             // A limit of connections is no matter of permission, although RabbitMQ says NOT_ALLOWED: it passes.
-            let isLimit = code == 530 && text.contains("limit")
+            let isLimit = code == 530 && text.contains("connection limit (")
             return EventsError(isLimit ? lost : brokerCode(code) ?? lost, text, operation: operation)
         case AMQPFailure.unexpected(let what):
             return EventsError(.protocolViolation, what, operation: operation)
@@ -39,10 +39,18 @@ enum AMQPFailure: Error {
 
     /// Whether the broker has closed the connection because of a message: it names the method, or says that a frame was wrong
     /// and names none.
-    static func isRefusalOfMessage(_ failure: any Error) -> Bool {
-        guard case AMQPFailure.closedByBroker(let code, _, let method) = failure else { return false }
-        return method == AMQP_BASIC_PUBLISH_METHOD || (method == 0 && brokerCode(code) == .protocolViolation)
+    ///
+    /// - Parameter hasRequests: Whether requests were in flight: then one of them may be to blame as well.
+    static func isRefusalOfMessage(_ failure: any Error, hasRequests: Bool) -> Bool {
+        guard case AMQPFailure.closedByBroker(let code, _, let method) = failure, !isStateOfServer(code) else {
+            return false
+        }
+        return method == AMQP_BASIC_PUBLISH_METHOD
+            || (method == 0 && !hasRequests && brokerCode(code) == .protocolViolation)
     }
+
+    /// Whether a reply code tells of the server's own state, which passes, and not of what it was sent.
+    static func isStateOfServer(_ code: Int) -> Bool { [313, 320, 506, 541].contains(code) }
 
     /// Our kind of error for a reply code that means the same on every connection and channel (AMQP 0-9-1, 1.2).
     static func brokerCode(_ code: Int) -> EventsError.Code? {

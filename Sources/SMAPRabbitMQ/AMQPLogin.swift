@@ -76,7 +76,7 @@ struct AMQPLogin {
         case (AMQP_CONNECTION_CLOSE_METHOD, _):
             guard let close = method.decoded?.load(as: amqp_connection_close_t.self) else { break }
             throw AMQPFailure.closedByBroker(
-                code: Int(close.reply_code), text: AMQPDriver.string(close.reply_text), method: 0)
+                code: Int(close.reply_code), text: AMQPDriver.text(close.reply_text), method: 0)
         default: break
         }
         throw AMQPFailure.unexpected("login was answered by something else")
@@ -84,7 +84,7 @@ struct AMQPLogin {
 
     private func reply(to start: amqp_connection_start_t, _ stream: SocketStream) throws {
         let mechanism = configuration.authentication.mechanism
-        let offered = AMQPDriver.string(start.mechanisms)
+        let offered = AMQPDriver.text(start.mechanisms)
         guard offered.split(separator: " ").contains(where: { $0 == mechanism }) else {
             throw EventsError(
                 .accessRefused, "the server does not offer the mechanism \(mechanism), but: \(offered)",
@@ -121,6 +121,9 @@ struct AMQPLogin {
         if tune.frame_max > 0 { limits.frameLimit = min(limits.frameLimit, Int(tune.frame_max)) }
         guard limits.frameLimit >= Self.smallestFrameLimit else {
             throw AMQPFailure.unexpected("the server takes frames of \(limits.frameLimit) bytes only (frame_max)")
+        }
+        guard limits.channelLimit >= 2 else {
+            throw AMQPFailure.unexpected("the server allows one channel (channel_max), and two are needed")
         }
         limits.heartbeat = Int(configuration.heartbeat.components.seconds)
         if tune.heartbeat > 0 { limits.heartbeat = min(limits.heartbeat, Int(tune.heartbeat)) }

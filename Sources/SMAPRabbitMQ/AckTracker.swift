@@ -26,6 +26,9 @@ struct AckTracker {
     /// How many deliveries are outstanding.
     var count: Int { entries.count - decidedCount }
 
+    /// How many deliveries the broker has not been told of.
+    var unsettledCount: Int { entries.count }
+
     /// Takes note of a delivery. False if its tag is not the next one, which no broker should send.
     mutating func delivered(_ tag: UInt64) -> Bool {
         guard tag == lastTag &+ 1 else { return false }

@@ -1,6 +1,7 @@
 internal import ConnectionThread
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// A request to the broker that is answered by one reply: declare, bind, consume, cancel, close.
 ///
@@ -45,9 +46,33 @@ final class BrokerRequest: Sendable {
 
     var isAnswered: Bool { waiter.isResolved }
 
+    /// Whether it ends a consumer. That is done although no caller waits for it any more, and whatever else is waiting:
+    /// only then do its deliveries go back to their queue.
+    var isClose: Bool {
+        switch operation {
+        case .stopConsumer, .closeConsumer: true
+        default: false
+        }
+    }
+
     func succeed(_ reply: Reply) { waiter.resolve(.success(reply)) }
 
     func fail(_ code: EventsError.Code, _ message: String) {
         waiter.resolve(.failure(EventsError(code, message, operation: name)))
+    }
+}
+
+extension BrokerRequest.Operation: CustomStringConvertible {
+    var description: String {
+        switch self {
+        case .declareExchange(let exchange), .compareExchange(let exchange): "exchange \(exchange.name)"
+        case .declareQueue(let queue), .compareQueue(let queue): "queue \(queue.name)"
+        case .bind(let binding): "binding of \(binding.queue) to \(binding.exchange) with '\(binding.routingKey)'"
+        case .checkExchange(let name): "exchange \(name)"
+        case .checkQueue(let name): "queue \(name)"
+        case .consumeReplies: "consumer of replies"
+        case .consume(let consumer), .stopConsumer(let consumer), .closeConsumer(let consumer):
+            "consumer of \(consumer.queue)"
+        }
     }
 }

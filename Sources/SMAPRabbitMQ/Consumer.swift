@@ -44,15 +44,17 @@ final class Consumer: TransportConsumer {
 
     func stop() async {
         buffer.end(with: nil)
+        // With its channel gone, there is nothing to cancel.
+        guard isChannelOpen else { return }
         await connection.finish(.stopConsumer(self), name: "stop consuming from \(queue)")
     }
 
     // MARK: The connection thread
 
-    /// Hands deliveries on. False if a tag is out of order.
+    /// Hands deliveries on. False if a tag is out of order, or if there are more than the prefetch allows.
     func deliver(_ deliveries: [InboundDelivery]) -> Bool {
         let areOrdered = state.withLock { state in
-            deliveries.allSatisfy { state.tracker.delivered($0.tag) }
+            deliveries.allSatisfy { state.tracker.delivered($0.tag) } && state.tracker.unsettledCount <= prefetch
         }
         guard areOrdered else { return false }
         buffer.deliver(deliveries)

@@ -26,6 +26,18 @@ final class DeclaredTopology: Sendable {
         }
     }
 
+    /// Forgets a declaration.
+    func remove(_ operation: BrokerRequest.Operation) {
+        state.withLock { state in
+            switch operation {
+            case .declareExchange(let exchange): state.exchanges[exchange.name] = nil
+            case .declareQueue(let queue): state.queues[queue.name] = nil
+            case .bind(let binding): state.bindings[binding] = nil
+            default: break
+            }
+        }
+    }
+
     /// Remembers what was declared, once the broker has it.
     func insert(_ operation: BrokerRequest.Operation) {
         state.withLock { state in

@@ -21,8 +21,7 @@ struct EncodedMessage: Sendable {
     let body: [UInt8]
     /// The larger of the two frames in ``head``.
     let largestHeadFrame: Int
-    let exchange: String
-    let routingKey: String
+    let destination: PublishDestination
     let messageID: String?
     /// The correlation id, if a reply is expected.
     let requestID: String?
@@ -39,21 +38,23 @@ struct EncodedMessage: Sendable {
     /// Throws `invalidEvent` or `eventTooLarge`, naming the field.
     init(_ message: OutboundMessage) throws {
         body = message.body
-        exchange = message.exchange
-        routingKey = message.routingKey
-        messageID = message.properties.messageID
-        if let template = message.template, let id = messageID, id.utf8.count == Self.idLength,
-            let timestamp = Self.seconds(message.properties.timestamp)
+        if case .template(let template, let id, let date) = message.content, id.rawValue.utf8.count == Self.idLength,
+            let timestamp = Self.seconds(date)
         {
             let layout = try Self.layout(template)
-            head = layout.head(messageID: id, timestamp: timestamp, bodySize: body.count)
+            head = layout.head(messageID: id.rawValue, timestamp: timestamp, bodySize: body.count)
             largestHeadFrame = layout.largestFrame
+            destination = template.destination
+            messageID = id.rawValue
             requestID = nil
             return
         }
         try message.validate()
         (head, largestHeadFrame) = try Self.head(message)
-        requestID = message.properties.replyTo == nil ? nil : message.properties.correlationID
+        destination = PublishDestination(exchange: message.exchange, routingKey: message.routingKey)
+        let properties = message.properties
+        messageID = properties.messageID
+        requestID = properties.replyTo == nil ? nil : properties.correlationID
     }
 
     /// Whole seconds from 1970 on; nil for dates before that, or beyond any clock.

@@ -1,11 +1,13 @@
 internal import ConnectionThread
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// One message from the moment at which its caller has handed it over until the broker has answered.
 ///
 /// Sound as `Sendable`: all its variables belong to the ``PublishWindow`` that it is in, and are read and written under the
-/// lock of that window only.
+/// lock of that window only. The exception is `message`, which the connection thread reads while it writes: only that
+/// thread takes it away.
 final class PendingPublish: @unchecked Sendable {
     /// Who is told how it ends.
     enum Caller {
@@ -13,14 +15,17 @@ final class PendingPublish: @unchecked Sendable {
         case batch(PublishBatch, Int)
     }
 
-    let message: EncodedMessage
+    /// Nil once the broker has answered: behind one that it does not answer, no message is kept.
+    private(set) var message: EncodedMessage?
+    /// What it counts for in the window.
+    let size: Int
     let destination: UInt64
     let deadline: MonotonicTime
     let caller: Caller
     /// Whether the caller has its result: from the broker, by its deadline, or by its cancellation.
     var isAnswered = false
     /// Whether the broker has it in front of a message that it has not answered yet.
-    var isSettled = false
+    private(set) var isSettled = false
     var isReturned = false
     /// Whether the broker may have taken it on a channel or connection that is gone. Then no later answer but a
     /// confirm tells what became of it.
@@ -32,11 +37,18 @@ final class PendingPublish: @unchecked Sendable {
     /// Whether the broker may have closed a channel because of it.
     var isSuspect = false
 
-    init(_ message: EncodedMessage, destination: UInt64, deadline: MonotonicTime, caller: Caller) {
+    init(_ message: EncodedMessage, deadline: MonotonicTime, caller: Caller) {
         self.message = message
-        self.destination = destination
+        size = message.size
+        destination = message.destination.hash
         self.deadline = deadline
         self.caller = caller
+    }
+
+    /// The broker has answered.
+    func settle() {
+        isSettled = true
+        message = nil
     }
 
     /// Tells the caller. To be called outside the window's lock.
@@ -65,6 +77,7 @@ final class PublishBatch: Sendable {
             State(
                 results: Array(repeating: none, count: count), isAnswered: Array(repeating: false, count: count),
                 missing: count))
+        if count == 0 { waiter.resolve(.success(())) }
     }
 
     /// The first result of a message stands.

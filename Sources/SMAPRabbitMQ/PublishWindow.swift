@@ -1,6 +1,7 @@
 internal import ConnectionThread
 internal import DequeModule
 internal import SMAPEvents
+internal import Waiting
 
 /// What is being published: callers that wait for room, messages to be written, and messages that wait for a confirm. It
 /// outlives connections: what a lost one leaves unconfirmed is written again on the next.
@@ -28,6 +29,8 @@ struct PublishWindow {
         var drained: [Waiter<Void>] = []
         /// The correlation ids of requests that are in a queue now.
         var requests: [String] = []
+
+        var isEmpty: Bool { publishes.isEmpty && reservations.isEmpty && drained.isEmpty && requests.isEmpty }
 
         mutating func append(_ other: Resumptions) {
             publishes += other.publishes
@@ -80,6 +83,13 @@ struct PublishWindow {
     private static let encodingLimit = 32
     /// The watchdog looks no more often than this: a deadline is kept to within 10 ms.
     static let precision = Duration.milliseconds(10)
+    /// A destination of which nothing is confirmed for so long does not get what is in spare, and is named by `health`.
+    private static let silenceLimit = Duration.seconds(5)
+    /// How long suspects may go unanswered: one of them may go where nothing is confirmed.
+    private static let suspectPatience = Duration.seconds(2)
+    /// So many refused destinations are remembered.
+    private static let refusalLimit = 64
+    private static let refusalBackoff = Backoff(first: .milliseconds(100), longest: .seconds(5))
 
     private let limits: Limits
     private var mode = Mode.open
@@ -101,22 +111,50 @@ struct PublishWindow {
     private var sent: Deque<PendingPublish> = []
     /// Tags count from 1 on each channel.
     private var firstTag: UInt64 = 1
-    /// Messages in the window by destination, and their bytes.
-    private var shares = [(messages: Int, bytes: Int)](repeating: (0, 0), count: shareCount)
+    /// What is in the window of one destination.
+    private struct Share {
+        var messages = 0
+        var bytes = 0
+        /// Since when nothing of what was written has been confirmed; nil while nothing is.
+        var silentSince: MonotonicTime?
+    }
+
+    private var shares = [Share](repeating: Share(), count: shareCount)
     /// Written messages whose callers have been answered, because the broker has not.
     private var orphans = 0
     private var orphanBytes = 0
     /// So many suspects are written at a time, to find the one that the broker closes the channel for.
     private var suspectGroup = 1
+    /// Until when those that were written must be answered.
+    private var suspectLimit = MonotonicTime.distantFuture
+
+    /// A destination that the broker has refused a moment ago.
+    private struct Refusal {
+        let exchange: String
+        /// Nil for all keys.
+        let routingKey: String?
+        var error: EventsError
+        var until: MonotonicTime
+        var count: Int
+    }
+
+    /// Each message to such a destination would close the channel for all others: for a while they are refused here.
+    private var refusals: [Refusal] = []
+    /// The largest body that the broker takes, if it has said so.
+    private var bodyLimit: Int?
     private var draining: [Waiter<Void>] = []
     /// Why nothing is being written now, for those whose deadline passes meanwhile.
     private(set) var blockedReason: EventsError?
     /// No deadline is earlier than this; it may be too early.
     private(set) var nextDeadline = MonotonicTime.distantFuture
-    /// The destination that the channel was closed for last, because it does not confirm.
-    private(set) var unconfirmedDestination: (name: String, at: MonotonicTime)?
+    /// What the channel was closed for last, because it was not confirmed.
+    private var lastUnconfirmed: (destination: String, at: MonotonicTime)?
 
-    init(_ limits: Limits) { self.limits = limits }
+    init(_ limits: Limits) {
+        self.limits = limits
+        blockedReason = EventsError(
+            .connectionFailed, "the connection is being opened", operation: "connect")
+    }
 
     // MARK: Room
 
@@ -133,6 +171,17 @@ struct PublishWindow {
         return Grant(count: count, bytes: count * each)
     }
 
+    /// What a caller gets, for whom there is room.
+    private func grant(_ wanted: Grant, _ share: Int) -> Grant {
+        var granted = part(of: wanted)
+        // Of what is in spare no more than one destination may have.
+        if !hasRoom, granted.count > 1 {
+            let count = max(1, min(granted.count, limits.messages / 16 - shares[share].messages))
+            granted = Grant(count: count, bytes: granted.bytes / granted.count * count)
+        }
+        return granted
+    }
+
     /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
     /// up itself, not the others.
     private var spare: (messages: Int, bytes: Int) { (limits.messages / 4, limits.bytes / 4) }
@@ -141,8 +190,11 @@ struct PublishWindow {
     private var hasRoom: Bool { messages < limits.messages && bytes < limits.bytes }
 
     private func hasSpareRoom(for share: Int) -> Bool {
-        shares[share].messages < limits.messages / 16 && shares[share].bytes < limits.bytes / 16
-            && messages < limits.messages + spare.messages && bytes < limits.bytes + spare.bytes
+        guard messages < limits.messages + spare.messages, bytes < limits.bytes + spare.bytes,
+            shares[share].messages < limits.messages / 16, shares[share].bytes < limits.bytes / 16
+        else { return false }
+        guard let silentSince = shares[share].silentSince else { return true }
+        return silentSince.advanced(by: Self.silenceLimit) > .now
     }
 
     /// Takes room for messages, if there is some and no caller has waited longer for it. For a list it may be less than
@@ -154,7 +206,7 @@ struct PublishWindow {
         }
         let share = Self.share(of: destination)
         guard hasRoom ? waitingCount == 0 : waiting[share].isEmpty && hasSpareRoom(for: share) else { return nil }
-        let granted = part(of: wanted)
+        let granted = grant(wanted, share)
         messages += granted.count
         bytes += granted.bytes
         return granted
@@ -199,7 +251,11 @@ struct PublishWindow {
         reservation.isGone = true
         waitingCount -= 1
         goneCount += 1
-        // Those that are gone stay in their places; not for ever.
+        dropGone()
+    }
+
+    /// Those that are gone stay in their places; not for ever.
+    private mutating func dropGone() {
         guard goneCount > waitingCount + 1024 else { return }
         for share in turns { waiting[share].removeAll(where: \.isGone) }
         turns.removeAll { waiting[$0].isEmpty }
@@ -218,7 +274,7 @@ struct PublishWindow {
             if hasRoom || hasSpareRoom(for: share), let first = waiting[share].popFirst() {
                 first.isGone = true
                 waitingCount -= 1
-                var granted = part(of: first.wanted)
+                var granted = grant(first.wanted, share)
                 granted.hasWaited = true
                 messages += granted.count
                 bytes += granted.bytes
@@ -246,9 +302,10 @@ struct PublishWindow {
             add(publish)
             nextDeadline = min(nextDeadline, publish.deadline)
             unsent.append(publish)
+            if let error = refusal(of: publish) { answer(publish, .failure(error), &resumptions) }
         }
         switch mode {
-        case .open: break
+        case .open: if !resumptions.publishes.isEmpty { dropAnswered(&resumptions) }
         case .refusing(let error), .closed(let error):
             for publish in publishes { answer(publish, .failure(error), &resumptions) }
             dropAnswered(&resumptions)
@@ -259,8 +316,9 @@ struct PublishWindow {
 
     /// The same for one message.
     mutating func submit(_ publish: PendingPublish, granted: Grant) -> Resumptions {
-        if case .open = mode, waitingCount == 0 {
+        if case .open = mode, waitingCount == 0, refusals.isEmpty, bodyLimit == nil {
             if granted.hasWaited { encoding -= 1 }
+            messages += 1 - granted.count
             bytes -= granted.bytes
             add(publish)
             nextDeadline = min(nextDeadline, publish.deadline)
@@ -269,6 +327,27 @@ struct PublishWindow {
         }
         return submit([publish], granted: granted)
     }
+
+    /// Why a message would be refused, as one like it was a moment ago.
+    private func refusal(of publish: PendingPublish) -> EventsError? {
+        guard let message = publish.message else { return nil }
+        if let bodyLimit, message.body.count > bodyLimit {
+            return EventsError(
+                .eventTooLarge,
+                "the message has \(message.body.count) bytes, and the broker takes \(bodyLimit) (max_message_size)",
+                operation: "publish")
+        }
+        guard !refusals.isEmpty else { return nil }
+        let now = MonotonicTime.now
+        let refusal = refusals.first { refusal in
+            refusal.exchange == message.destination.exchange && refusal.until > now
+                && (refusal.routingKey == nil || refusal.routingKey == message.destination.routingKey)
+        }
+        return refusal?.error.with(outcome: .unsent)
+    }
+
+    /// An exchange was declared: what was refused for its lack is refused no longer.
+    mutating func exchangeDeclared(_ name: String) { refusals.removeAll { $0.exchange == name } }
 
     /// The callers of messages were cancelled. What is written already stays until the broker answers.
     ///
@@ -308,53 +387,66 @@ struct PublishWindow {
     ///   - position: Where the first of them will stand in the connection's stream.
     ///   - frameLimit: The largest frame that the broker takes. A message whose header is larger fails by itself.
     mutating func takeBatch(
-        budget: Int, position: UInt64, frameLimit: Int, _ resumptions: inout Resumptions
+        budget: Int, position: UInt64, frameLimit: Int, now: MonotonicTime, _ resumptions: inout Resumptions
     ) -> [PendingPublish] {
         var batch: [PendingPublish] = []
         var position = position
         var size = 0
         // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
-        if sent.first?.isSuspect == true { return [] }
+        if sent.contains(where: \.isSuspect) { return [] }
         let isTesting = unsent.first?.isSuspect == true
-        if isTesting, !sent.isEmpty { return [] }
+        if isTesting, !sent.isEmpty {
+            suspectLimit = min(suspectLimit, now.advanced(by: Self.suspectPatience))
+            return []
+        }
+        suspectLimit = isTesting ? now.advanced(by: Self.suspectPatience) : .distantFuture
         let room = isTesting ? suspectGroup : .max
-        while batch.count < room, let next = unsent.first, next.isSuspect == isTesting {
-            let length = next.message.length(frameLimit: frameLimit)
+        var hasFreed = false
+        while batch.count < room, let next = unsent.first, next.isSuspect == isTesting, let message = next.message {
+            let length = message.length(frameLimit: frameLimit)
             if !batch.isEmpty, size + length > budget { break }
             unsent.removeFirst()
-            guard next.message.largestHeadFrame <= frameLimit else {
+            guard message.largestHeadFrame <= frameLimit else {
                 let error = EventsError(
                     .eventTooLarge,
-                    "the headers have \(next.message.largestHeadFrame) bytes, and the broker takes \(frameLimit) (frame_max)",
+                    "the headers have \(message.largestHeadFrame) bytes, and the broker takes \(frameLimit) (frame_max)",
                     operation: "publish")
                 answer(next, .failure(next.isInDoubt ? unknown(error) : error), &resumptions)
                 free(next)
+                hasFreed = true
                 continue
             }
             size += length
+            let share = Self.share(of: next.destination)
+            if shares[share].silentSince == nil { shares[share].silentSince = now }
             next.isOnWire = true
             next.position = position
             position += UInt64(length)
             batch.append(next)
         }
         sent.append(contentsOf: batch)
+        if hasFreed {
+            admitWaiting(&resumptions)
+            noteDrained(&resumptions)
+        }
         return batch
     }
 
     /// Takes in what one read has brought. Nil for a confirm of what was not sent.
-    mutating func apply(_ events: [Event]) -> Resumptions? {
+    mutating func apply(_ events: [Event], now: MonotonicTime) -> Resumptions? {
         var resumptions = Resumptions()
         if case .closed = mode { return resumptions }
         for event in events {
             switch event {
             case .returned(let exchange, let routingKey, let messageID):
                 let publish = sent.first {
-                    !$0.isReturned && !$0.isSettled && $0.message.messageID == messageID
-                        && $0.message.routingKey == routingKey && $0.message.exchange == exchange
+                    guard !$0.isReturned, let message = $0.message else { return false }
+                    return message.messageID == messageID && message.destination.routingKey == routingKey
+                        && message.destination.exchange == exchange
                 }
                 publish?.isReturned = true
             case .confirmed(let tag, let multiple, let isNack):
-                guard confirmed(tag: tag, multiple: multiple, isNack: isNack, &resumptions) else { return nil }
+                guard confirmed(tag: tag, multiple: multiple, isNack: isNack, now, &resumptions) else { return nil }
             }
         }
         // Settled ones leave from the front, so that tags stay positions.
@@ -368,7 +460,7 @@ struct PublishWindow {
     }
 
     private mutating func confirmed(
-        tag: UInt64, multiple: Bool, isNack: Bool, _ resumptions: inout Resumptions
+        tag: UInt64, multiple: Bool, isNack: Bool, _ now: MonotonicTime, _ resumptions: inout Resumptions
     ) -> Bool {
         let end = firstTag + UInt64(sent.count)
         // Tag 0 with `multiple` means all so far (AMQP 0-9-1, basic.ack).
@@ -376,15 +468,28 @@ struct PublishWindow {
         guard last < end else { return false }
         guard last >= firstTag else { return true }
         let index = Int(last - firstTag)
-        for position in (multiple ? 0 : index)...index { settle(sent[position], isNack: isNack, &resumptions) }
+        for position in (multiple ? 0 : index)...index {
+            settle(sent[position], isNack: isNack, now, &resumptions)
+        }
         return true
     }
 
-    private mutating func settle(_ publish: PendingPublish, isNack: Bool, _ resumptions: inout Resumptions) {
+    private mutating func settle(
+        _ publish: PendingPublish, isNack: Bool, _ now: MonotonicTime, _ resumptions: inout Resumptions
+    ) {
         guard !publish.isSettled else { return }
-        publish.isSettled = true
         if publish.isAnswered { removeOrphan(publish) }
+        if !refusals.isEmpty, let message = publish.message {
+            refusals.removeAll { refusal in
+                refusal.exchange == message.destination.exchange
+                    && (refusal.routingKey == nil || refusal.routingKey == message.destination.routingKey)
+            }
+        }
+        let requestID = publish.message?.requestID
+        publish.settle()
         free(publish)
+        let share = Self.share(of: publish.destination)
+        shares[share].silentSince = shares[share].messages == 0 ? nil : now
         guard !publish.isAnswered else { return }
         publish.isAnswered = true
         if isNack {
@@ -397,7 +502,7 @@ struct PublishWindow {
             resumptions.publishes.append((publish, .failure(error)))
         } else {
             resumptions.publishes.append((publish, .success(!publish.isReturned)))
-            if !publish.isReturned, let id = publish.message.requestID { resumptions.requests.append(id) }
+            if !publish.isReturned, let requestID { resumptions.requests.append(requestID) }
         }
     }
 
@@ -408,14 +513,52 @@ struct PublishWindow {
     /// Guilty are the messages whose exchange (and key, where the broker names one) stands in its text; all others are
     /// written again. Where the text names none, what was in flight is written again in groups, until the guilty message
     /// is alone.
-    mutating func channelClosed(_ error: EventsError) -> Resumptions {
+    mutating func channelClosed(_ error: EventsError, now: MonotonicTime) -> Resumptions {
         var resumptions = Resumptions()
-        let guilty = sent.filter { !$0.isSettled && Self.isNamed($0.message, in: error.message) }
+        let text = error.message
+        let size = Self.refusedSize(in: text)
+        if let size { bodyLimit = min(bodyLimit ?? .max, size.limit) }
+        let guilty = sent.filter { publish in
+            guard let message = publish.message else { return false }
+            return Self.isNamed(message, in: text) || message.body.count == size?.size
+        }
+        if size == nil, let message = guilty.first?.message { refuse(message, text, error, now) }
         // One alone, never written before: then it is the message that the broker refused.
         let isCertain = guilty.count == 1 && !guilty[0].isInDoubt
         for publish in guilty { answer(publish, .failure(isCertain ? error : unknown(error)), &resumptions) }
         takeBack(written: .max, blamed: guilty.isEmpty ? error : nil, &resumptions)
+        // What waits to be written would be refused as well.
+        for publish in unsent where !publish.isAnswered {
+            guard let error = refusal(of: publish) else { continue }
+            answer(publish, .failure(publish.isInDoubt ? unknown(error) : error), &resumptions)
+        }
+        dropAnswered(&resumptions)
         return resumptions
+    }
+
+    /// Remembers a destination that was refused, for a while that grows.
+    private mutating func refuse(_ message: EncodedMessage, _ text: String, _ error: EventsError, _ now: MonotonicTime)
+    {
+        let key = text.contains("topic '") ? message.destination.routingKey : nil
+        var count = 1
+        if let index = refusals.firstIndex(where: {
+            $0.exchange == message.destination.exchange && $0.routingKey == key
+        }) {
+            count += refusals.remove(at: index).count
+        }
+        if refusals.count >= Self.refusalLimit { refusals.removeFirst() }
+        refusals.append(
+            Refusal(
+                exchange: message.destination.exchange, routingKey: key, error: error,
+                until: now.advanced(by: Self.refusalBackoff.delay(after: count)), count: count))
+    }
+
+    /// The sizes in RabbitMQ's "message size 10201 is larger than configured max size 4000".
+    private static func refusedSize(in text: String) -> (size: Int, limit: Int)? {
+        guard let match = text.firstMatch(of: /message size (\d+) is larger than .*max size (\d+)/),
+            let size = Int(match.1), let limit = Int(match.2)
+        else { return nil }
+        return (size, limit)
     }
 
     /// The channel is gone, and no message is to blame.
@@ -429,9 +572,10 @@ struct PublishWindow {
     /// exchange 'x' in vhost …" and "access to topic 'key' in exchange 'x' in vhost …", and calls the default exchange
     /// `amq.default`.
     private static func isNamed(_ message: EncodedMessage, in text: String) -> Bool {
-        let exchange = "exchange '\(message.exchange.isEmpty ? "amq.default" : message.exchange)'"
+        let exchange =
+            "exchange '\(message.destination.exchange.isEmpty ? "amq.default" : message.destination.exchange)'"
         guard text.contains("topic '") else { return text.contains(exchange) }
-        return text.contains("topic '\(message.routingKey)' in \(exchange)")
+        return text.contains("topic '\(message.destination.routingKey)' in \(exchange)")
     }
 
     /// Marks what was in flight as suspect, to be written again in halves; one alone is guilty.
@@ -458,16 +602,45 @@ struct PublishWindow {
     /// written again.
     mutating func channelReset(now: MonotonicTime) -> Resumptions {
         var resumptions = Resumptions()
-        if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }) {
-            unconfirmedDestination = ("\(orphan.message.exchange) \(orphan.message.routingKey)", now)
+        if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }), let message = orphan.message {
+            lastUnconfirmed = (Self.name(message), now)
         }
+        let unanswered = sent
         takeBack(written: .max, blamed: nil, &resumptions)
+        if unsent.contains(where: \.isSuspect) {
+            // What goes unanswered must not stand before the suspects for ever.
+            let count = unanswered.count { !$0.isSettled && !$0.isAnswered }
+            unsent.append(contentsOf: unsent.prefix(count))
+            unsent.removeFirst(count)
+        }
         return resumptions
     }
 
-    /// Whether half of the room is held by messages that the broker does not answer and no caller waits for.
-    var needsReset: Bool {
-        orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2)
+    /// Whether the channel must be opened again: half of the room is held by messages that the broker does not answer and no
+    /// caller waits for, too much has been answered behind one that is not, or suspects go unanswered.
+    func needsReset(now: MonotonicTime) -> Bool {
+        (orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2))
+            || sent.count > 4 * limits.messages || now >= suspectLimit
+    }
+
+    /// When suspects have gone unanswered for too long.
+    var suspectTime: MonotonicTime { suspectLimit }
+
+    /// What is written and not confirmed, for longer than it should be; nil if there is no such destination.
+    func unconfirmedDestination(now: MonotonicTime) -> String? {
+        if let first = sent.first, let message = first.message,
+            let silentSince = shares[Self.share(of: first.destination)].silentSince,
+            silentSince.advanced(by: Self.silenceLimit) <= now
+        {
+            return Self.name(message)
+        }
+        return lastUnconfirmed.flatMap { $0.at.advanced(by: .seconds(60)) > now ? $0.destination : nil }
+    }
+
+    /// The key of the default exchange is a queue's name or an address for replies: it is not told.
+    private static func name(_ message: EncodedMessage) -> String {
+        message.destination.exchange.isEmpty
+            ? "a queue" : "\(message.destination.exchange) \(message.destination.routingKey)"
     }
 
     /// The connection is gone, and there will be another: what was sent and not confirmed is written again on it, in
@@ -479,6 +652,7 @@ struct PublishWindow {
     mutating func connectionLost(_ error: EventsError, sentBytes: UInt64, isRefusal: Bool) -> Resumptions {
         var resumptions = Resumptions()
         blockedReason = error
+        forgetRefusals()
         takeBack(written: sentBytes, blamed: isRefusal ? error : nil, &resumptions)
         return resumptions
     }
@@ -499,6 +673,12 @@ struct PublishWindow {
         if case .closed = mode { return }
         mode = .open
         blockedReason = nil
+    }
+
+    /// A new connection: the broker may have other limits and permissions.
+    private mutating func forgetRefusals() {
+        refusals = []
+        bodyLimit = nil
     }
 
     /// Nothing can be written now.
@@ -524,6 +704,7 @@ struct PublishWindow {
         var resumptions = Resumptions()
         guard nextDeadline <= now else { return resumptions }
         var next = MonotonicTime.distantFuture
+        let room = "\(messages) of \(limits.messages) messages, \(bytes) of \(limits.bytes) bytes"
         let reason = blockedReason.map { ": \($0.message)" } ?? ""
         for share in turns {
             for reservation in waiting[share] where !reservation.isGone {
@@ -535,7 +716,7 @@ struct PublishWindow {
                 waitingCount -= 1
                 goneCount += 1
                 let error = EventsError(
-                    .unsent, "no room among the \(limits.messages) messages awaiting confirms by the deadline\(reason)",
+                    .unsent, "no room in the publish window by the deadline (\(room))\(reason)",
                     operation: "publish", underlying: blockedReason)
                 resumptions.reservations.append((reservation.waiter, .failure(error)))
             }
@@ -567,6 +748,7 @@ struct PublishWindow {
             answer(publish, .failure(error), &resumptions)
         }
         if hasOverdue { dropAnswered(&resumptions) }
+        dropGone()
         // However many deadlines there are, they are looked at a hundred times a second at most.
         nextDeadline = next == .distantFuture ? next : max(next, now.advanced(by: Self.precision))
         admitWaiting(&resumptions)
@@ -585,7 +767,12 @@ struct PublishWindow {
     // MARK: Parts
 
     /// The same error for a message that the broker may have taken before: then its outcome is unknown.
-    private func unknown(_ error: EventsError) -> EventsError { error.with(outcome: .unknown) }
+    private func unknown(_ error: EventsError) -> EventsError {
+        // What no repetition helps against keeps its code, so that it is not repeated.
+        error.isRetriable || error.code == .closed
+            ? EventsError(.unknownOutcome, error.message, operation: error.operation, underlying: error)
+            : error.with(outcome: .unknown)
+    }
 
     /// Gives a message's caller its result.
     private mutating func answer(
@@ -595,14 +782,14 @@ struct PublishWindow {
         publish.isAnswered = true
         if publish.isOnWire, !publish.isSettled {
             orphans += 1
-            orphanBytes += publish.message.size
+            orphanBytes += publish.size
         }
         resumptions.publishes.append((publish, result))
     }
 
     private mutating func removeOrphan(_ publish: PendingPublish) {
         orphans -= 1
-        orphanBytes -= publish.message.size
+        orphanBytes -= publish.size
     }
 
     /// Makes everything that was sent unsent again, in its place. What is settled goes, and what no caller waits for.
@@ -627,6 +814,8 @@ struct PublishWindow {
             if !publish.isAnswered { suspects += 1 }
         }
         (firstTag, orphans, orphanBytes) = (1, 0, 0)
+        suspectLimit = .distantFuture
+        for index in shares.indices { shares[index].silentSince = nil }
         dropAnswered(&resumptions)
         if let blamed {
             isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)
@@ -665,17 +854,17 @@ struct PublishWindow {
 
     private mutating func add(_ publish: PendingPublish) {
         let share = Self.share(of: publish.destination)
-        bytes += publish.message.size
+        bytes += publish.size
         shares[share].messages += 1
-        shares[share].bytes += publish.message.size
+        shares[share].bytes += publish.size
     }
 
     private mutating func free(_ publish: PendingPublish) {
         let share = Self.share(of: publish.destination)
         messages -= 1
-        bytes -= publish.message.size
+        bytes -= publish.size
         shares[share].messages -= 1
-        shares[share].bytes -= publish.message.size
+        shares[share].bytes -= publish.size
     }
 
     private mutating func noteDrained(_ resumptions: inout Resumptions) {

@@ -40,22 +40,19 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
     /// The heartbeat asked for, in whole seconds; a server may ask for less. 10 s by default, 0 turns it off. A server that
     /// sends nothing for two intervals is given up.
     public var heartbeat: Duration = .seconds(10)
-    /// How long the server's host may leave what was sent unacknowledged until the connection is given up (TCP user timeout,
-    /// RFC 5482; Linux only), 10 s by default; zero for the system's limit, which is a quarter of an hour. It does not run
-    /// while the broker blocks.
-    public var acknowledgementLimit: Duration = .seconds(10)
     /// How long a connection may be stuck before it is given up, 15 s by default: its thread in one system call, or the
     /// broker with one of the declarations that are repeated after a loss.
     public var stallLimit: Duration = .seconds(15)
-    /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait. A quarter more is kept for
-    /// destinations of which few messages are unconfirmed, so that one that does not confirm holds up none of the others.
+    /// How many messages may be unconfirmed at a time, 1,000 by default. More callers wait. In windows of 16 or more, a
+    /// quarter more is kept for destinations of which few messages are unconfirmed, so that one that does not confirm holds
+    /// up none of the others.
     public var windowMessages: Int = 1_000
     /// How many bytes may be unconfirmed at a time, 16 MiB by default, with the same quarter more. One message over it is let
     /// through, so that a large one gets its turn.
     public var windowBytes: Int = 16 << 20
-    /// How many callers may wait for room to publish, 100,000 by default. More are refused with
+    /// How many callers may wait for room to publish, 10,000 by default. More are refused with
     /// ``SMAPEvents/EventsError/Code/overloaded``.
-    public var maximumWaitingPublishes: Int = 100_000
+    public var maximumWaitingPublishes: Int = 10_000
     /// The largest body that is taken into memory, 16 MiB by default. Larger ones are rejected, and so go to the queue's
     /// dead letters.
     public var maximumBodySize: Int = 16 << 20
@@ -186,16 +183,21 @@ public struct RabbitMQConfiguration: Sendable, CustomStringConvertible {
         ] {
             try require(value.utf8.count <= 255 && !value.contains("\0"), setting, "it has at most 255 bytes, no NUL")
         }
-        try require(windowMessages > 0 && windowBytes > 0, "window", "it has room for one message at least")
-        try require(maximumWaitingPublishes >= 0, "maximumWaitingPublishes", "it is not negative")
+        try require((1...1_000_000).contains(windowMessages), "windowMessages", "it is 1 to 1,000,000")
+        try require((1...(1 << 40)).contains(windowBytes), "windowBytes", "it is 1 byte to 1 TiB")
+        try require(
+            (0...10_000_000).contains(maximumWaitingPublishes), "maximumWaitingPublishes", "it is 0 to 10,000,000")
         try require(
             (0...(1 << 30)).contains(maximumBodySize), "maximumBodySize", "it is 0 to 1 GiB")
-        try require(acknowledgementLimit >= .zero, "acknowledgementLimit", "it is not negative")
         try require(
             authentication != .external || tls?.certificateFile != nil, "RABBITMQ_AUTH_MECHANISM",
             "EXTERNAL needs amqps and a client certificate (RABBITMQ_CERT_FILE, RABBITMQ_KEY_FILE)")
-        try require(heartbeat >= .zero && heartbeat <= .seconds(3600), "heartbeat", "it is 0 to 3600 s")
-        try require(connectTimeout > .zero && stallLimit > .zero, "timeouts", "they are above zero")
+        try require(
+            heartbeat >= .zero && heartbeat <= .seconds(3600) && heartbeat.components.attoseconds == 0, "heartbeat",
+            "it is 0 to 3600 s, in whole seconds")
+        for (name, timeout) in [("connectTimeout", connectTimeout), ("stallLimit", stallLimit)] {
+            try require(timeout > .zero && timeout <= .seconds(86_400), name, "it is above zero, and a day at most")
+        }
         try require(
             reconnectDelay > .zero && maximumReconnectDelay >= reconnectDelay, "reconnect delays",
             "the first is above zero, and the longest is not shorter")

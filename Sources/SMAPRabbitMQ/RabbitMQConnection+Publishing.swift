@@ -2,18 +2,20 @@ internal import ConnectionThread
 internal import Logging
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
-/// Publishing: reserve, encode, submit, wait.
+/// Publishing: reserve, encode, submit, wait. As few asynchronous functions as possible stand in between: each costs.
 extension RabbitMQConnection {
-    /// Waits for room in the window. Mostly there is some: then this costs no suspension. Whether there is a connection does
-    /// not matter yet.
-    func reserve(
-        _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
+    /// Takes room in the window if there is some. Whether there is a connection does not matter yet.
+    func reserveNow(_ wanted: PublishWindow.Grant, for destination: PublishDestination) throws -> PublishReservation? {
+        guard let granted = try window.withLock({ try $0.reserve(wanted, for: destination.hash) }) else { return nil }
+        return PublishReservation(count: granted.count, bytes: granted.bytes, hasWaited: false, owner: self)
+    }
+
+    /// Waits for room in the window.
+    func waitForRoom(
+        _ wanted: PublishWindow.Grant, for destination: PublishDestination, deadline: ContinuousClock.Instant
     ) async throws -> PublishReservation {
-        let wanted = PublishWindow.Grant(count: count, bytes: bytes)
-        if let granted = try window.withLock({ try $0.reserve(wanted, for: destination.hash) }) {
-            return PublishReservation(count: granted.count, bytes: granted.bytes, hasWaited: false, owner: self)
-        }
         let limit = MonotonicTime(deadline)
         let reservation = PublishWindow.Reservation(wanted, destination: destination.hash, deadline: limit)
         resume(try window.withLock { try $0.wait(reservation) })
@@ -27,23 +29,20 @@ extension RabbitMQConnection {
             window.withLock { $0.release(PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)) })
     }
 
-    /// Publishes a message for which there is room. Returns whether it was routed to a queue.
-    func publish(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation,
-        deadline: ContinuousClock.Instant
-    ) async throws -> Bool {
-        let waiter = Waiter<Bool>()
+    /// Hands over a message for which there is room; its result is awaited next.
+    func submit(
+        _ message: OutboundMessage, using reservation: consuming PublishReservation, deadline: MonotonicTime,
+        _ waiter: Waiter<Bool>
+    ) throws -> PendingPublish {
         let publish = PendingPublish(
-            try EncodedMessage(message), destination: Self.destination(of: message),
-            deadline: MonotonicTime(deadline), caller: .task(waiter))
+            try EncodedMessage(message), deadline: deadline, caller: .task(waiter))
         // From here on the window accounts for it; an error above has given the room back.
-        let (count, bytes, hasWaited) = reservation.use()
-        let granted = PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
+        let granted = grant(reservation)
         let (resumptions, needsWake) = window.withLock { window in
             (window.submit(publish, granted: granted), window.needsWake)
         }
-        submitted(resumptions, needsWake, deadline: publish.deadline)
-        return try await waiter.value { cancel([publish]) }
+        submitted(resumptions, needsWake, deadline: deadline)
+        return publish
     }
 
     /// Publishes messages for which there is room: one result each, in their order.
@@ -51,6 +50,7 @@ extension RabbitMQConnection {
         contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async -> [Result<Bool, EventsError>] {
+        guard !messages.isEmpty else { return [] }
         let batch = PublishBatch(count: messages.count)
         let limit = MonotonicTime(deadline)
         var publishes: [PendingPublish] = []
@@ -59,14 +59,12 @@ extension RabbitMQConnection {
             do {
                 publishes.append(
                     PendingPublish(
-                        try EncodedMessage(message), destination: Self.destination(of: message), deadline: limit,
-                        caller: .batch(batch, index)))
+                        try EncodedMessage(message), deadline: limit, caller: .batch(batch, index)))
             } catch {
                 batch.resolve(index, .failure(error))
             }
         }
-        let (count, bytes, hasWaited) = reservation.use()
-        let granted = PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
+        let granted = grant(reservation)
         let submitting = publishes
         let (resumptions, needsWake) = window.withLock { window in
             (window.submit(submitting, granted: granted), window.needsWake)
@@ -79,18 +77,26 @@ extension RabbitMQConnection {
         }
     }
 
-    private static func destination(of message: OutboundMessage) -> UInt64 {
-        message.template?.destination.hash
-            ?? PublishDestination(exchange: message.exchange, routingKey: message.routingKey).hash
+    /// The room that a reservation stands for: none, if it is of another transport.
+    private func grant(_ reservation: consuming PublishReservation) -> PublishWindow.Grant {
+        let isOurs = reservation.isOwned(by: self)
+        let (count, bytes, hasWaited) = reservation.use()
+        return isOurs
+            ? PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
+            : PublishWindow.Grant(count: 0, bytes: 0)
     }
 
     private func submitted(_ resumptions: PublishWindow.Resumptions, _ needsWake: Bool, deadline: MonotonicTime) {
-        resume(resumptions)
+        if !resumptions.isEmpty { resume(resumptions) }
         Watchdog.shared.schedule(at: deadline)
         if needsWake { wake() }
     }
 
-    private func cancel(_ publishes: [PendingPublish]) {
+    /// Publishes to an exchange that was missing are not refused any longer.
+    func exchangeDeclared(_ name: String) { window.withLock { $0.exchangeDeclared(name) } }
+
+    /// The callers of messages were cancelled.
+    func cancel(_ publishes: [PendingPublish]) {
         resume(
             window.withLock { window in
                 window.cancel(publishes) { isWritten in
@@ -127,19 +133,11 @@ extension RabbitMQConnection {
 
     /// The publishing channel can be used.
     func publishingOpened() {
-        shared.withLock { $0.publishingProblem = nil }
-        window.withLock { $0.connected() }
-    }
-
-    /// The publishing channel cannot be opened, and is tried again.
-    func publishingBlocked(_ error: EventsError, retryIn delay: Duration) {
-        shared.withLock { $0.publishingProblem = error }
-        let reason = EventsError(
-            .connectionLost, "the channel for publishing cannot be opened: \(error.message)", operation: "publish")
-        window.withLock { $0.blocked(reason) }
-        logger.warning(
-            "the channel for publishing cannot be opened",
-            metadata: ["reason": "\(error.message)", "next_attempt_in": "\(delay)"])
+        let isRestoring = shared.withLock { shared in
+            shared.publishingProblem = nil
+            return shared.isRestoring
+        }
+        if !isRestoring { window.withLock { $0.connected() } }
     }
 
     /// The broker has closed the publishing channel. Returns whether there was anything on it.
@@ -157,7 +155,7 @@ extension RabbitMQConnection {
         let error = EventsError(kind, text, operation: "publish", outcome: .nacked)
         let (resumptions, wasInUse) = window.withLock { window in
             let wasInUse = window.sentCount > 0
-            return (isFaultOfMessage ? window.channelClosed(error) : window.channelLost(), wasInUse)
+            return (isFaultOfMessage ? window.channelClosed(error, now: .now) : window.channelLost(), wasInUse)
         }
         resume(resumptions)
         logger.warning("the broker has closed the channel for publishing", metadata: ["reason": "\(text)"])
@@ -168,7 +166,8 @@ extension RabbitMQConnection {
     func publishingReset(_ now: MonotonicTime) {
         repliesLost(EventsError(.connectionLost, "the channel is opened again", operation: "request"))
         let (resumptions, destination) = window.withLock { window in
-            (window.channelReset(now: now), window.unconfirmedDestination?.name ?? "")
+            let destination = window.unconfirmedDestination(now: now)
+            return (window.channelReset(now: now), destination ?? "")
         }
         resume(resumptions)
         logger.warning(

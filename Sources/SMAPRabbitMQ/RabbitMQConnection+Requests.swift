@@ -1,6 +1,7 @@
 internal import ConnectionThread
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// Requests that the broker answers: declarations and consumers.
 extension RabbitMQConnection {
@@ -22,7 +23,7 @@ extension RabbitMQConnection {
     private func post(_ request: BrokerRequest) -> BrokerRequest {
         // In one step: when a connection ends, a request is in both or in neither.
         let posting = shared.withLock { shared -> Mailbox<BrokerRequest>.Posting in
-            guard shared.requests.count < Self.requestLimit else { return .full }
+            guard request.isClose || shared.requests.count < Self.requestLimit else { return .full }
             let posting = mailbox.post(request)
             if case .accepted = posting { shared.requests[ObjectIdentifier(request)] = request }
             return posting

@@ -3,12 +3,14 @@ internal import Logging
 internal import Metrics
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// Opening, losing and opening again. Called on the connection thread, but for ``ready(deadline:)``.
 extension RabbitMQConnection {
     /// Returns once the connection is open, blocked or not. Throws when it will not be: the server refuses us, the owner
     /// has closed, or the deadline has passed, then with what the last attempt came to.
     func ready(deadline: ContinuousClock.Instant) async throws {
+        try Task.checkCancellation()
         let waiter = Waiter<Void>()
         let limit = MonotonicTime(deadline)
         let isOpen = try shared.withLock { shared in
@@ -24,7 +26,7 @@ extension RabbitMQConnection {
             shared.openings.append(Opening(waiter: waiter, deadline: limit))
             return false
         }
-        if isOpen { return try Task.checkCancellation() }
+        if isOpen { return }
         Watchdog.shared.schedule(at: limit)
         try await waiter.value()
     }
@@ -38,7 +40,7 @@ extension RabbitMQConnection {
             shared.openedAt = .now
             return shared.hasOpened
         }
-        window.withLock { $0.connected() }
+        // Messages wait for the channel, which tells the window.
         if isRecovery { recoveries.increment() }
         logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
         change(to: .open)
@@ -68,10 +70,12 @@ extension RabbitMQConnection {
     /// - Parameters:
     ///   - sentBytes: How much of its stream may have left.
     ///   - blamed: The request that the broker has closed the connection for.
-    func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?) {
+    ///   - isRefusal: Whether the broker has closed it for a message.
+    func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?, isRefusal: Bool) {
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
         let (consumers, requests) = shared.withLock { shared in
             defer { shared.consumers = [:] }
+            shared.isRestoring = false
             // What is in the mailbox is among the requests, and must not be taken twice.
             _ = mailbox.takeAll()
             return (Array(shared.consumers.values), Array(shared.requests.values))
@@ -85,7 +89,7 @@ extension RabbitMQConnection {
         repliesLost(error)
         resume(
             window.withLock {
-                $0.connectionLost(error, sentBytes: sentBytes, isRefusal: AMQPFailure.isRefusalOfMessage(failure))
+                $0.connectionLost(error, sentBytes: sentBytes, isRefusal: isRefusal)
             })
         for request in requests.sorted(by: { $0.number < $1.number }) {
             switch request.operation {
@@ -140,9 +144,64 @@ extension RabbitMQConnection {
             window.withLock { $0.blocked(error) }
         }
         // No attempt that comes sooner changes the mind of a server that refuses us.
-        let delay = isRefused ? configuration.maximumReconnectDelay : configuration.backoff.delay(after: failures)
+        let delay =
+            isRefused
+            ? configuration.maximumReconnectDelay * Double.random(in: 0.5...1)
+            : configuration.backoff.delay(after: failures)
         logger.warning(
             "no connection", metadata: ["connection": "\(name)", "reason": "\(error)", "next_attempt_in": "\(delay)"])
         return delay
+    }
+
+    // MARK: The topology
+
+    /// What was declared before a loss is being declared again, before anything is published.
+    func restoring(_ count: Int) {
+        shared.withLock { $0.isRestoring = true }
+        window.withLock {
+            $0.blocked(
+                EventsError(
+                    .connectionLost, "the topology is being declared again (\(count) declarations)",
+                    operation: "connection"))
+        }
+    }
+
+    /// All of it has been answered.
+    func restored() {
+        shared.withLock { $0.isRestoring = false }
+        window.withLock { $0.connected() }
+    }
+
+    /// The broker has refused to declare something again. It is not tried another time.
+    func restorationRefused(_ operation: BrokerRequest.Operation, _ error: any Error) {
+        topology.remove(operation)
+        let reason =
+            (error as? EventsError)?.message
+            ?? "\(AMQPFailure.error(from: error, server: "", connecting: false).message)"
+        logger.warning(
+            "a declaration was refused after a reconnect and is dropped",
+            metadata: ["declaration": "\(operation)", "reason": "\(reason)"])
+    }
+
+    /// The channel for declarations can be used.
+    func topologyOpened() { shared.withLock { $0.topologyProblem = nil } }
+
+    /// A channel cannot be opened, and is tried again.
+    func channelBlocked(isForPublishing: Bool, _ error: EventsError, retryIn delay: Duration) {
+        shared.withLock { shared in
+            if isForPublishing { shared.publishingProblem = error } else { shared.topologyProblem = error }
+        }
+        let what = isForPublishing ? "publishing" : "declarations"
+        if isForPublishing {
+            window.withLock {
+                $0.blocked(
+                    EventsError(
+                        .connectionLost, "the channel for publishing cannot be opened: \(error.message)",
+                        operation: "publish"))
+            }
+        }
+        logger.warning(
+            "a channel cannot be opened",
+            metadata: ["channel": "\(what)", "reason": "\(error.message)", "next_attempt_in": "\(delay)"])
     }
 }

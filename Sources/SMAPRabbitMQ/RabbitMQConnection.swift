@@ -3,6 +3,7 @@ internal import Logging
 internal import Metrics
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// What callers and the connection thread of one connection share. Callers leave work here and suspend; the thread, the
 /// watchdog, or the end of the connection answers them.
@@ -33,6 +34,12 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         var consumers: [ObjectIdentifier: Consumer] = [:]
         /// Why the publishing channel cannot be opened; nil when it can.
         var publishingProblem: EventsError?
+        /// The same for the channel of declarations.
+        var topologyProblem: EventsError?
+        /// Whether what was declared before a loss is being declared again.
+        var isRestoring = false
+        /// Why replies cannot be consumed, and until when that is not tried again.
+        var repliesProblem: (error: EventsError, until: ContinuousClock.Instant)?
     }
 
     /// So many requests, and callers that wait for the connection to make one, at a time.
@@ -46,9 +53,12 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     let topology: DeclaredTopology
     /// The callers that wait for replies on this connection.
     let replies = ReplyRegistry()
-    let mailbox = Mailbox<BrokerRequest>(capacity: requestLimit)
+    /// As bounded as the requests, and the consumers that are closed.
+    let mailbox = Mailbox<BrokerRequest>(capacity: .max)
     let window: Mutex<PublishWindow>
     let shared = Mutex(Shared())
+    /// How many drivers there are, for the test that looks for retain cycles.
+    let driverCount = Atomic<Int>(0)
     private let repliesWanted = Atomic<Bool>(false)
     private let repliesReady = Atomic<Bool>(false)
     private let closeLimit = Atomic<UInt64>(UInt64.max)
@@ -114,13 +124,15 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
 
     /// What keeps it from publishing now, a sentence each.
     var publishingProblems: [String] {
-        let (state, reason, problem) = shared.withLock { ($0.state, $0.reason, $0.publishingProblem) }
+        let (state, reason, problem, isRestoring) = shared.withLock {
+            ($0.state, $0.reason, $0.publishingProblem, $0.isRestoring)
+        }
         guard state == .open else { return ["publishing: \(state)" + (reason.map { ": \($0)" } ?? "")] }
-        var problems = problem.map { ["publishing: the channel cannot be opened: \($0.message)"] } ?? []
-        if let (name, time) = window.withLock({ $0.unconfirmedDestination }),
-            time.advanced(by: .seconds(60)) > .now
-        {
-            problems.append("publishing: the broker does not confirm what goes to \(name)")
+        var problems: [String] = []
+        if let problem { problems.append("publishing: the channel cannot be opened: \(problem.message)") }
+        if isRestoring { problems.append("publishing: the topology is being declared again") }
+        if let destination = window.withLock({ $0.unconfirmedDestination(now: .now) }) {
+            problems.append("publishing: the broker does not confirm what goes to \(destination)")
         }
         return problems
     }
@@ -210,14 +222,17 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     /// Whether they are on the channel that is open now.
     var repliesAreConsumed: Bool { repliesReady.load(ordering: .acquiring) }
 
-    /// Makes sure that replies are consumed, before the first request.
+    /// Makes sure that replies are consumed, before a request. A refusal closes the channel that all publishes share, so it
+    /// is not tried again for ten seconds.
     func consumeReplies(deadline: ContinuousClock.Instant) async throws {
         guard !repliesAreConsumed else { return }
+        if let (error, until) = shared.withLock({ $0.repliesProblem }), until > .now { throw error }
         _ = try await request(.consumeReplies, name: "consume replies", deadline: deadline)
     }
 
     /// The broker has answered, on the thread.
     func repliesConsumed(_ error: EventsError?) {
+        shared.withLock { $0.repliesProblem = error.map { ($0, .now + .seconds(10)) } }
         repliesWanted.store(error == nil, ordering: .releasing)
         repliesReady.store(error == nil, ordering: .releasing)
     }
@@ -231,20 +246,22 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     // MARK: The watchdog
 
     private func check(now: MonotonicTime) -> MonotonicTime? {
-        let (resumptions, nextPublish) = window.withLock { window in
+        let (resumptions, nextPublish, needsReset) = window.withLock { window in
             let resumptions = window.expire(now: now)
-            return (resumptions, window.nextDeadline)
+            return (resumptions, window.nextDeadline, !resumptions.isEmpty && window.needsReset(now: now))
         }
         resume(resumptions)
+        // Nothing else may bring the thread round.
+        if needsReset { wake() }
         var next = nextPublish
-        let (late, overdue, reason) = shared.withLock { shared in
+        let (late, overdue, reason, problem) = shared.withLock { shared in
             let late = shared.openings.filter { $0.deadline <= now }
             if !late.isEmpty { shared.openings.removeAll { $0.deadline <= now } }
             for opening in shared.openings { next = min(next, opening.deadline) }
             let overdue = shared.requests.values.filter { $0.deadline <= now }
             for request in overdue { shared.requests[ObjectIdentifier(request)] = nil }
             for request in shared.requests.values { next = min(next, request.deadline) }
-            return (late, overdue, shared.reason)
+            return (late, overdue, shared.reason, shared.topologyProblem)
         }
         if !late.isEmpty {
             // A server that let us in before and refuses us now may change its mind: the deadline is what has passed.
@@ -254,7 +271,8 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
                 operation: "connect to \(configuration)", underlying: reason)
             for opening in late { opening.waiter.resolve(.failure(noConnection)) }
         }
-        for request in overdue { request.fail(.deadlineExceeded, "no answer by the deadline") }
+        let why = problem.map { ": the channel for declarations cannot be opened: \($0.message)" } ?? ""
+        for request in overdue { request.fail(.deadlineExceeded, "no answer by the deadline\(why)") }
         return next == .distantFuture ? nil : next
     }
 }

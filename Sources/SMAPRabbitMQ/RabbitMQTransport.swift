@@ -1,7 +1,9 @@
+internal import ConnectionThread
 public import Logging
 public import SMAPEvents
 public import ServiceLifecycle
 internal import Synchronization
+internal import Waiting
 
 /// Carries events over RabbitMQ.
 ///
@@ -70,7 +72,10 @@ public final class RabbitMQTransport: EventTransport, Service {
                 while true {
                     do {
                         return try await publishConnection.ready(deadline: .now + .seconds(3600))
-                    } catch let error as EventsError where error.isRetriable {}
+                    } catch let error as EventsError where error.isRetriable {
+                        // Where so many wait already that this one may not, it must not try again at once.
+                        try await Task.sleep(for: .milliseconds(100))
+                    }
                 }
             }
             try? await gracefulShutdown()
@@ -177,6 +182,10 @@ public final class RabbitMQTransport: EventTransport, Service {
         let name = "declare exchange \(exchange.name)"
         try Self.check(exchange, "declare exchange")
         _ = try await topologyConnection().request(.declareExchange(exchange), name: name, deadline: deadline)
+        publishing.withLock { slot in
+            // It may have been missing a moment ago.
+            if case .connection(let connection) = slot { connection.exchangeDeclared(exchange.name) }
+        }
     }
 
     /// See ``SMAPEvents/EventTransport``.
@@ -246,7 +255,11 @@ public final class RabbitMQTransport: EventTransport, Service {
     public func reserve(
         _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
     ) async throws -> PublishReservation {
-        try await publishConnection.reserve(count, bytes: bytes, for: destination, deadline: deadline)
+        let connection = try publishConnection
+        let wanted = PublishWindow.Grant(count: count, bytes: bytes)
+        // Mostly there is room: then this costs no suspension.
+        if let reservation = try connection.reserveNow(wanted, for: destination) { return reservation }
+        return try await connection.waitForRoom(wanted, for: destination, deadline: deadline)
     }
 
     /// See ``SMAPEvents/EventTransport``.
@@ -254,7 +267,11 @@ public final class RabbitMQTransport: EventTransport, Service {
         _ message: OutboundMessage, using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async throws -> Bool {
-        try await publishConnection.publish(message, using: reservation, deadline: deadline)
+        let connection = try publishConnection
+        let waiter = Waiter<Bool>()
+        let publish = try connection.submit(
+            message, using: reservation, deadline: MonotonicTime(deadline), waiter)
+        return try await waiter.value { connection.cancel([publish]) }
     }
 
     /// See ``SMAPEvents/EventTransport``.

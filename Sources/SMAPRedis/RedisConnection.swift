@@ -1,6 +1,7 @@
 internal import ConnectionThread
 internal import SMAPEvents
 internal import Synchronization
+internal import Waiting
 
 /// What callers and the connection thread of one Redis connection share.
 final class RedisConnection: Sendable {

@@ -8,8 +8,8 @@ struct HealthCommand: AsyncParsableCommand {
         commandName: "health",
         abstract: "Ask whether the servers can do their job: for probes.",
         discussion: """
-            RabbitMQ is healthy when one can log in, it takes messages, and smap.events is there; with --queue, when that \
-            queue has a consumer too. Redis is healthy when it answers; a server that may lose what it holds (appendonly off, an evicting \
+            RabbitMQ is healthy when one can log in, it takes messages (one that no queue is bound for is published), and \
+            smap.events is there; with --queue, when that queue has a consumer too. Redis is healthy when it answers; a server that may lose what it holds (appendonly off, an evicting \
             maxmemory-policy) is warned of. The exit code is 0 only if all is well, warnings aside.
             """)
 
@@ -80,10 +80,25 @@ struct HealthCommand: AsyncParsableCommand {
                 let status = try await transport.status(of: queue, deadline: end)
                 if status.consumers == 0 { health.problems.append("queue \(queue) has no active consumer") }
             }
+            try await probe(transport, end)
             health = health + (await transport.health())
         } catch {
             health.problems.append((error as? EventsError)?.description ?? "\(type(of: error))")
         }
         return health
+    }
+
+    /// Publishes a message to no queue, and waits for its confirm. RabbitMQ tells a connection of an alarm only after it has
+    /// published, so nothing less shows that messages are taken.
+    private static func probe(_ transport: RabbitMQTransport, _ end: ContinuousClock.Instant) async throws {
+        do {
+            // The default exchange routes by a queue's name, and no queue has this one.
+            try await transport.publish(
+                OutboundMessage(
+                    exchange: "", routingKey: "smap.health.\(EventID())",
+                    properties: MessageProperties(messageID: EventID().rawValue), body: []), deadline: end)
+        } catch let error as EventsError where error.code == .accessRefused {
+            // The user may not publish there. That the broker says so shows that it takes messages.
+        }
     }
 }

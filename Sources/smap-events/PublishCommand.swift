@@ -133,22 +133,21 @@ struct PublishCommand: AsyncParsableCommand {
             }
         }
         defer { watcher.cancel() }
-        try await withThrowingTaskGroup(of: PublishOutcome.self) { group in
+        try await withThrowingTaskGroup(of: (lines: Int, areConfirmed: Bool).self) { group in
             var running = 0
             func finishOne() async throws {
-                guard let outcome = try await group.next() else { return }
-                running -= 1
-                if outcome != .confirmed { isComplete = false }
+                guard let (lines, areConfirmed) = try await group.next() else { return }
+                running -= lines
+                if !areConfirmed { isComplete = false }
             }
-            for try await (number, line) in StandardInputLines(isInterrupted: isInterrupted) {
-                guard !line.allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0D }) else { continue }
-                while running >= 1_000 { try await finishOne() }
-                running += 1
+            // What has arrived goes out together; it never waits for more.
+            for try await lines in StandardInputLines(isInterrupted: isInterrupted) {
+                let lines = lines.filter { !$0.line.allSatisfy { $0 == 0x20 || $0 == 0x09 || $0 == 0x0D } }
+                guard !lines.isEmpty else { continue }
+                while running >= 2 * StandardInputLines.limit { try await finishOne() }
+                running += lines.count
                 group.addTask { [obstacle] in
-                    // Reported by whoever knows, at once: the next line may be long in coming.
-                    let report = await report(line: line, number: number, publisher, obstacle)
-                    try show(report)
-                    return report.outcome
+                    (lines.count, try await report(lines, publisher, obstacle))
                 }
             }
             while running > 0 { try await finishOne() }
@@ -162,32 +161,58 @@ struct PublishCommand: AsyncParsableCommand {
                 routingKey: try RoutingKey(key ?? ""), data: Array(data.utf8),
                 projectID: try project.map { try ProjectID($0) })
             let id = try eventID.map { try EventID($0) } ?? EventID()
-            return await publish(event, id, publisher, obstacle, line: nil)
+            let result: Result<PublishReceipt, EventsError>
+            do {
+                if let obstacle { throw obstacle }
+                result = .success(try await publisher.publish(event, options: PublishOptions(eventID: id)))
+            } catch let error as EventsError {
+                result = .failure(error)
+            }
+            return report(event, id, result, line: nil)
         } catch {
             return Report(eventID: eventID, routingKey: key, outcome: .rejected, error: Self.text(of: error))
         }
     }
 
+    /// Publishes the events of some lines, and reports each. True if all were confirmed.
     private func report(
-        line: [UInt8], number: Int, _ publisher: any EventPublishing, _ obstacle: EventsError?
-    ) async -> Report {
-        do {
-            return await publish(try UntypedEvent(parsing: line), EventID(), publisher, obstacle, line: number)
-        } catch {
-            return Report(outcome: .rejected, error: Self.text(of: error), line: number)
+        _ lines: [StandardInputLines.Line], _ publisher: any EventPublishing, _ obstacle: EventsError?
+    ) async throws -> Bool {
+        var events: [(number: Int, event: UntypedEvent, id: EventID)] = []
+        var areConfirmed = true
+        for (number, line) in lines {
+            do {
+                var event = try UntypedEvent(parsing: line)
+                let id = event.eventID ?? EventID()
+                event.eventID = id
+                events.append((number, event, id))
+            } catch {
+                areConfirmed = false
+                try show(Report(outcome: .rejected, error: Self.text(of: error), line: number))
+            }
         }
+        let results: [Result<PublishReceipt, EventsError>]
+        if let obstacle {
+            results = Array(repeating: .failure(obstacle), count: events.count)
+        } else {
+            results = await publisher.publish(contentsOf: events.map(\.event))
+        }
+        for ((number, event, id), result) in zip(events, results) {
+            let report = report(event, id, result, line: number)
+            if report.outcome != .confirmed { areConfirmed = false }
+            try show(report)
+        }
+        return areConfirmed
     }
 
-    private func publish(
-        _ event: UntypedEvent, _ id: EventID, _ publisher: any EventPublishing, _ obstacle: EventsError?, line: Int?
-    ) async -> Report {
+    private func report(
+        _ event: UntypedEvent, _ id: EventID, _ result: Result<PublishReceipt, EventsError>, line: Int?
+    ) -> Report {
         var report = Report(eventID: id.rawValue, routingKey: event.routingKey.rawValue, outcome: .confirmed)
-        do {
-            if let obstacle { throw obstacle }
-            let receipt = try await publisher.publish(event, options: PublishOptions(eventID: id))
-            if !receipt.routed { report.outcome = .returned }
-        } catch {
-            report.outcome = (error as? EventsError)?.publishOutcome ?? .unknown
+        switch result {
+        case .success(let receipt): if !receipt.routed { report.outcome = .returned }
+        case .failure(let error):
+            report.outcome = error.publishOutcome
             report.error = Self.text(of: error)
             if report.outcome == .rejected { report.line = line }
         }
@@ -205,10 +230,14 @@ struct PublishCommand: AsyncParsableCommand {
     }
 }
 
-/// The lines of standard input with their numbers, from 1. Read on a thread that may block, one block ahead of whoever
-/// asks: a slow consumer holds back the writer, not memory.
+/// The lines of standard input with their numbers, from 1; those that have arrived together. Read on a thread that may
+/// block, one block ahead: a slow consumer holds back the writer, not memory.
 private struct StandardInputLines: AsyncSequence {
-    typealias Element = (number: Int, line: [UInt8])
+    typealias Line = (number: Int, line: [UInt8])
+    typealias Element = [Line]
+
+    /// So many lines are handed out at most.
+    static let limit = 500
 
     struct Iterator: AsyncIteratorProtocol {
         private var buffer: [UInt8] = []
@@ -221,16 +250,18 @@ private struct StandardInputLines: AsyncSequence {
 
         mutating func next() async throws -> Element? {
             while true {
-                if let end = buffer[start...].firstIndex(of: 0x0A) {
-                    defer { start = end + 1 }
+                var lines: [Line] = []
+                while lines.count < StandardInputLines.limit, let end = buffer[start...].firstIndex(of: 0x0A) {
                     number += 1
-                    return (number, Array(buffer[start..<end]))
+                    lines.append((number, Array(buffer[start..<end])))
+                    start = end + 1
                 }
+                if !lines.isEmpty { return lines }
                 if isAtEnd {
                     guard start < buffer.count else { return nil }
                     defer { start = buffer.count }
                     number += 1
-                    return (number, Array(buffer[start...]))
+                    return [(number, Array(buffer[start...]))]
                 }
                 buffer.removeFirst(start)
                 start = 0

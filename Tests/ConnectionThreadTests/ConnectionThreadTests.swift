@@ -247,4 +247,48 @@ private func eventually(within limit: Duration = .seconds(60), _ condition: () -
         }
         #expect(MonotonicTime.now < deadline)
     }
+
+    @Test func `what a slow peer has taken does not stay in memory`() throws {
+        let (listener, port) = try #require(Socket.freePort())
+        defer { Socket.close(listener) }
+        try #require(listen(listener, 1) == 0)
+        let limit = MonotonicTime.now.advanced(by: .seconds(30))
+        let stream = try SocketStream(host: "127.0.0.1", port: port, tls: nil, deadline: limit)
+        defer { stream.close() }
+        let peer = accept(listener, nil, nil)
+        try #require(peer >= 0)
+        defer { Socket.close(peer) }
+        prepare(socket: peer)
+        let message = [UInt8](repeating: 7, count: 100_000)
+        var buffer = [UInt8](repeating: 0, count: 64 * 1024)
+        var held = 0
+        // Never is everything taken: as soon as the socket takes some, more is added.
+        for _ in 0..<1_000 {
+            while stream.unsentCount < 256 * 1024 { stream.append { $0 += message } }
+            try stream.flush()
+            held = max(held, stream.heldCount)
+            _ = buffer.withUnsafeMutableBytes { Socket.receive(peer, into: $0) }
+        }
+        #expect(stream.sentCount > 10 << 20)
+        #expect(held < 2 << 20, "\(held) bytes")
+    }
+
+    @Test func `opening a connection ends at once when it is interrupted`() throws {
+        let interrupt = try Wakeup()
+        interrupt.signal()
+        let start = MonotonicTime.now
+        let (listener, port) = try #require(Socket.freePort())
+        defer { Socket.close(listener) }
+        try #require(listen(listener, 1) == 0)
+        // The peer never answers the handshake.
+        let tls = TLSOptions(
+            authorityFile: nil, certificateFile: nil, privateKeyFile: nil, verifiesPeer: true, verifiesHost: true)
+        let error = #expect(throws: SocketError.self) {
+            _ = try SocketStream(
+                host: "127.0.0.1", port: port, tls: tls, deadline: start.advanced(by: .seconds(60)),
+                interrupt: interrupt)
+        }
+        #expect(error?.kind == .interrupted)
+        #expect(MonotonicTime.now < start.advanced(by: .seconds(30)))
+    }
 }

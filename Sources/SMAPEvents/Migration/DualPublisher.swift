@@ -90,7 +90,7 @@ public struct DualPublisher: EventPublishing {
         contentsOf events: [E], ids: [EventID]?, options: PublishOptions
     ) async -> [Result<PublishReceipt, EventsError>] {
         guard phase.publishesTopic, !(phase.publishesLegacy && E.self == EmailVerificationRequested.self) else {
-            return await publishEach(events, ids: ids, options: options)
+            return await publishEach(events, ids: ids, options: withDeadline(options))
         }
         return await topic.publish(contentsOf: events, ids: ids, options: options)
     }
@@ -107,10 +107,17 @@ public struct DualPublisher: EventPublishing {
         let together = events.indices.filter { !isSingle[$0] }
         let single = events.indices.filter { isSingle[$0] }
         async let published = topic.publish(contentsOf: together.map { events[$0] }, options: options)
-        let others = await publishEach(single.map { events[$0] }, options: options)
+        let others = await publishEach(single.map { events[$0] }, options: withDeadline(options))
         for (index, result) in zip(together, await published) { results[index] = result }
         for (index, result) in zip(single, others) { results[index] = result }
         return results.compactMap { $0 }
+    }
+
+    /// The deadline of a list is that of the whole call.
+    private func withDeadline(_ options: PublishOptions) -> PublishOptions {
+        var options = options
+        options.deadline = options.deadline ?? configuration.deadline
+        return options
     }
 
     private func publishTopicOnly(

@@ -12,6 +12,9 @@ struct MessageTracing: Sendable {
         self.tracer = tracer is NoOpTracer ? nil : tracer
     }
 
+    /// Whether there are no spans at all.
+    var isOff: Bool { tracer == nil }
+
     /// Publishes within a producer span.
     ///
     /// - Parameter send: Publishes, with the headers of the span's context; none if there is no span.

@@ -50,6 +50,12 @@ public final class EventPublisher: EventPublishing {
 
     // MARK: One event
 
+    /// Publishes with the default options; see ``EventPublishing``.
+    @discardableResult
+    public func publish<E: SMAPEvent>(_ event: E) async throws -> PublishReceipt {
+        try await publish(event, options: PublishOptions())
+    }
+
     /// See ``EventPublishing``.
     @discardableResult
     public func publish<E: SMAPEvent>(_ event: E, options: PublishOptions) async throws -> PublishReceipt {
@@ -84,13 +90,22 @@ public final class EventPublisher: EventPublishing {
         do {
             try check()
             try depth?.check()
-            let routed = try await tracing.publish(to: template.destination, eventID: eventID) { headers in
+            let routed: Bool
+            if tracing.isOff {
                 let reservation = try await transport.reserve(
                     1, bytes: template.expectedSize, for: template.destination, deadline: deadline)
-                var message = try message()
+                let message = try message()
                 template.expectedSize = message.body.count
-                if !headers.isEmpty { message.properties.headers.merge(headers) { own, _ in own } }
-                return try await transport.publish(message, using: reservation, deadline: deadline)
+                routed = try await transport.publish(message, using: reservation, deadline: deadline)
+            } else {
+                routed = try await tracing.publish(to: template.destination, eventID: eventID) { headers in
+                    let reservation = try await transport.reserve(
+                        1, bytes: template.expectedSize, for: template.destination, deadline: deadline)
+                    var message = try message()
+                    template.expectedSize = message.body.count
+                    message.properties.headers.merge(headers) { own, _ in own }
+                    return try await transport.publish(message, using: reservation, deadline: deadline)
+                }
             }
             return try receipt(template, eventID, routed, start, options)
         } catch {
@@ -184,6 +199,7 @@ public final class EventPublisher: EventPublishing {
             "event not published",
             metadata: [
                 "event_id": "\(eventID)", "routing_key": "\(template.routingKey)", "error_type": "\(failure.code)",
+                "reason": "\(failure.message)",
             ])
         return failure
     }
@@ -264,19 +280,29 @@ public final class EventPublisher: EventPublishing {
         var errors: [Int: any Error] = [:]
         var messages: [OutboundMessage] = []
         messages.reserveCapacity(range.count)
+        var bytes = 0
+        var range = range
         for index in range {
+            // The sizes were guesses: what is larger than its room waits for more.
+            if bytes > reservation.bytes, reservation.bytes > 0 {
+                range = range.lowerBound..<index
+                break
+            }
             do {
                 var made = try message(index)
                 let (template, eventID) = identity(index)
                 template.expectedSize = made.body.count
                 let headers = tracing.context(of: eventID, to: template.destination)
                 if !headers.isEmpty { made.properties.headers.merge(headers) { own, _ in own } }
+                bytes += made.body.count
                 messages.append(made)
             } catch {
                 errors[index] = error
             }
         }
-        let answers = await transport.publish(contentsOf: messages, using: reservation, deadline: deadline)
+        let answers =
+            messages.isEmpty
+            ? [] : await transport.publish(contentsOf: messages, using: reservation, deadline: deadline)
         var next = answers.makeIterator()
         return range.map { index in
             let (template, eventID) = identity(index)

@@ -1,4 +1,5 @@
 internal import Synchronization
+internal import Waiting
 
 /// The callers that wait for replies, by correlation id. For the transports of this package.
 package final class ReplyRegistry: Sendable {

@@ -229,9 +229,16 @@ struct DeliveryProcessor: Sendable {
         }
     }
 
-    /// Tells whoever asked. Without success where that one has gone: then nobody waits.
+    /// Publishes the reply to a request. It is dropped where the requester has gone: then no caller waits.
+    ///
+    /// Only addresses of direct reply-to are replied to: any other names a queue, and a publisher could make this service
+    /// write into queues that it may not write to itself.
     private func reply(to delivery: InboundDelivery, _ body: [UInt8], _ refusal: String?) async {
         guard let address = delivery.properties.replyTo else { return }
+        guard address.hasPrefix(Self.directReplyTo) else {
+            log("reply dropped", delivery, reason: "reply_to is not an address of direct reply-to")
+            return
+        }
         var properties = MessageProperties(
             contentType: "application/json", messageID: EventID().rawValue,
             correlationID: delivery.properties.correlationID)
@@ -247,6 +254,9 @@ struct DeliveryProcessor: Sendable {
             log("reply could not be sent", delivery, reason: "\(error)")
         }
     }
+
+    /// How RabbitMQ's addresses for replies begin (RabbitMQ guide, "Direct Reply-to").
+    private static let directReplyTo = "amq.rabbitmq.reply-to"
 
     private func pause() async { try? await stopwatch.sleepUntil(stopwatch.elapsed() + .seconds(1)) }
 

@@ -6,35 +6,63 @@ package import Foundation
 
 /// A message as a transport sends it: persistent and mandatory, always.
 public struct OutboundMessage: Sendable, Hashable {
-    /// The exchange to publish to.
-    public var exchange: String { didSet { template = nil } }
-    /// The key to route by; empty for a fanout exchange.
-    public var routingKey: String { didSet { template = nil } }
-    /// The message's properties.
-    public var properties: MessageProperties { didSet { template = nil } }
+    /// What stands before the body. Most messages are like many others of their publisher, and are kept as what differs.
+    package enum Content: Sendable {
+        case template(MessageTemplate, messageID: EventID, timestamp: Date)
+        indirect case own(exchange: String, routingKey: String, MessageProperties)
+    }
+
+    package private(set) var content: Content
     /// The message itself.
     public var body: [UInt8]
-    /// What everything but the id, the timestamp and the body was taken from, as long as that is so.
-    package private(set) var template: MessageTemplate?
+
+    /// The exchange to publish to.
+    public var exchange: String {
+        get {
+            switch content {
+            case .template(let template, _, _): template.destination.exchange
+            case .own(let exchange, _, _): exchange
+            }
+        }
+        set { content = .own(exchange: newValue, routingKey: routingKey, properties) }
+    }
+
+    /// The key to route by; empty for a fanout exchange.
+    public var routingKey: String {
+        get {
+            switch content {
+            case .template(let template, _, _): template.destination.routingKey
+            case .own(_, let routingKey, _): routingKey
+            }
+        }
+        set { content = .own(exchange: exchange, routingKey: newValue, properties) }
+    }
+
+    /// The message's properties.
+    public var properties: MessageProperties {
+        get {
+            switch content {
+            case .template(let template, let messageID, let timestamp):
+                var properties = template.properties
+                properties.messageID = messageID.rawValue
+                properties.timestamp = timestamp
+                return properties
+            case .own(_, _, let properties): return properties
+            }
+        }
+        set { content = .own(exchange: exchange, routingKey: routingKey, newValue) }
+    }
 
     /// Puts a message together.
     public init(exchange: String, routingKey: String, properties: MessageProperties, body: [UInt8]) {
-        self.exchange = exchange
-        self.routingKey = routingKey
-        self.properties = properties
+        content = .own(exchange: exchange, routingKey: routingKey, properties)
         self.body = body
     }
 
-    /// A message like many others. The id must be one that ``EventID`` accepts.
+    /// A message like many others.
     package init(_ template: MessageTemplate, messageID: EventID, timestamp: Date, body: [UInt8]) {
-        self.exchange = template.destination.exchange
-        self.routingKey = template.destination.routingKey
-        var properties = template.properties
-        properties.messageID = messageID.rawValue
-        properties.timestamp = timestamp
-        self.properties = properties
+        content = .template(template, messageID: messageID, timestamp: timestamp)
         self.body = body
-        self.template = template
     }
 
     /// Whether two messages are the same on the wire.

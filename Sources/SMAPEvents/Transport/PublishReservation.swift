@@ -1,5 +1,5 @@
-/// Where a message goes: an exchange and a key.
-public struct PublishDestination: Sendable {
+/// Where a message goes: an exchange and a key. A class, so that it is handed on as one reference.
+public final class PublishDestination: Sendable {
     /// The exchange's name.
     public let exchange: String
     /// The key to route by; empty for a fanout exchange.
@@ -46,6 +46,9 @@ public struct PublishReservation: ~Copyable, Sendable {
     }
 
     deinit { owner?.release(count: count, bytes: bytes, hasWaited: hasWaited) }
+
+    /// Whether a transport has given it.
+    package func isOwned(by other: any PublishReservationOwner) -> Bool { owner === other }
 
     /// Uses the room: from here on the transport accounts for it.
     package consuming func use() -> (count: Int, bytes: Int, hasWaited: Bool) {

@@ -256,6 +256,18 @@ public enum TransportContract {
             let expected = (0..<20).filter { $0 != 3 && $0 != 5 }.map(String.init)
             try ContractViolation.equal(bodies, expected, "what arrived")
         },
+        Check("no messages in one call are no results") { bench in
+            let (exchange, _) = try await bench.bound()
+            let reservation = try await bench.transport.reserve(
+                1, bytes: 1, for: PublishDestination(exchange: exchange, routingKey: "a.b"), deadline: bench.deadline)
+            let none = await bench.transport.publish(contentsOf: [], using: reservation, deadline: bench.deadline)
+            try ContractViolation.equal(none.count, 0, "results")
+            var invalid = bench.message(exchange)
+            invalid.properties.headers["CC"] = .string("other.queue")
+            let results = await bench.transport.publish(
+                contentsOf: [invalid, invalid], using: PublishReservation(count: 2), deadline: bench.deadline)
+            try ContractViolation.equal(results.count { (try? $0.get()) == nil }, 2, "failures")
+        },
         Check("bodies of every awkward size arrive whole and in order") { bench in
             let (exchange, queue) = try await bench.bound()
             let frame = 131_072 - 8

@@ -1,7 +1,7 @@
 internal import Synchronization
 
 /// Something that happens once, and that any number of tasks may wait for.
-package final class Latch: Sendable {
+public final class Latch: Sendable {
     private struct State {
         var isOpen = false
         var waiting: [Waiter<Void>] = []
@@ -9,10 +9,10 @@ package final class Latch: Sendable {
 
     private let state = Mutex(State())
 
-    package init() {}
+    public init() {}
 
     /// It has happened.
-    package func open() {
+    public func open() {
         let waiting = state.withLock { state in
             state.isOpen = true
             defer { state.waiting = [] }
@@ -22,7 +22,7 @@ package final class Latch: Sendable {
     }
 
     /// Returns once it has happened, or when the task is cancelled.
-    package func wait() async {
+    public func wait() async {
         let waiter = Waiter<Void>()
         let isOpen = state.withLock { state in
             if !state.isOpen {
@@ -36,7 +36,7 @@ package final class Latch: Sendable {
     }
 
     /// Returns once it has happened, at the deadline, or when the task is cancelled.
-    package func wait(until deadline: ContinuousClock.Instant) async {
+    public func wait(until deadline: ContinuousClock.Instant) async {
         await withTaskGroup { group in
             group.addTask { await self.wait() }
             group.addTask { try? await Task.sleep(until: deadline) }
