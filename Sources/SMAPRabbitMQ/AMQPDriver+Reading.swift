@@ -151,7 +151,6 @@ extension AMQPDriver {
         defer { publishEvents.removeAll(keepingCapacity: true) }
         let resumptions = connection.window.withLock { $0.apply(publishEvents, now: lastReceived) }
         guard let resumptions else { throw AMQPFailure.unexpected("a confirm for a message that was not sent") }
-        answeredCount += resumptions.publishes.count
         connection.resume(resumptions)
     }
 

@@ -40,8 +40,6 @@ final class AMQPDriver: ConnectionDriver {
     var repliesRequests: [BrokerRequest] = []
     /// What one read has brought for the window, taken in under one lock.
     var publishEvents: [PublishWindow.Event] = []
-    /// How many callers were answered in this round.
-    var answeredCount = 0
     /// What one read has brought for each consumer.
     var deliveries: [(consumer: Consumer, deliveries: [InboundDelivery])] = []
     /// Declarations that are being repeated after a loss; nothing else is done before they are back.
@@ -158,7 +156,6 @@ final class AMQPDriver: ConnectionDriver {
     // MARK: The loop
 
     func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest {
-        answeredCount = 0
         let mayHaveMore = isReadable ? try read(now) : false
         try checkTimes(now)
         if restoring == 0 {
@@ -224,14 +221,13 @@ final class AMQPDriver: ConnectionDriver {
         return time == .distantFuture ? nil : time
     }
 
-    /// How long work may pile up before the next round, in microseconds.
+    /// How long work may pile up before the next round, in microseconds. While hundreds of messages are in flight both
+    /// sides have enough to do meanwhile, and each round then handles dozens at once.
     ///
-    /// While hundreds of messages are in flight both sides have enough to do meanwhile, and each round then handles dozens at
-    /// once. Where some callers have just been answered together, they are given time to publish again together: else each
-    /// wakes this thread, which costs more than their messages do.
+    /// With fewer in flight a pause was measured and is not worth its latency: confirms come in groups, as the broker writes
+    /// its log, and the callers that they answer publish again before the next group.
     private var pause: UInt32 {
         if connection.window.withLock({ $0.sentCount }) >= 256 { return 2_000 }
-        if answeredCount > 1 { return UInt32(min(300, 50 + 8 * answeredCount)) }
         let isConsuming = channels.values.contains {
             if case .consuming(let consumer) = $0.role { consumer.isBusy } else { false }
         }

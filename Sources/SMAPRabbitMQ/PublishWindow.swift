@@ -80,7 +80,7 @@ struct PublishWindow {
     /// Destinations are told apart by so many remainders of their hash.
     private static let shareCount = 256
     /// So many callers at a time may encode what they had to wait for: sizes are guesses until then.
-    private static let encodingLimit = 32
+    private static let encodingLimit = 16
     /// The watchdog looks no more often than this: a deadline is kept to within 10 ms.
     static let precision = Duration.milliseconds(10)
     /// A destination of which nothing is confirmed for so long does not get what is in spare, and is named by `health`.

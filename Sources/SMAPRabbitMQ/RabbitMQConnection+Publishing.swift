@@ -31,7 +31,7 @@ extension RabbitMQConnection {
 
     /// Hands over a message for which there is room; its result is awaited next.
     func submit(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation, deadline: MonotonicTime,
+        _ message: consuming OutboundMessage, using reservation: consuming PublishReservation, deadline: MonotonicTime,
         _ waiter: Waiter<Bool>
     ) throws -> PendingPublish {
         let publish = PendingPublish(
@@ -47,7 +47,7 @@ extension RabbitMQConnection {
 
     /// Publishes messages for which there is room: one result each, in their order.
     func publish(
-        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        contentsOf messages: consuming [OutboundMessage], using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async -> [Result<Bool, EventsError>] {
         guard !messages.isEmpty else { return [] }

@@ -264,19 +264,20 @@ public final class RabbitMQTransport: EventTransport, Service {
 
     /// See ``SMAPEvents/EventTransport``.
     public func publish(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        _ message: consuming OutboundMessage, using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async throws -> Bool {
         let connection = try publishConnection
         let waiter = Waiter<Bool>()
+        // From here on only the window holds the message: a caller that has its answer must not keep it until it runs.
         let publish = try connection.submit(
-            message, using: reservation, deadline: MonotonicTime(deadline), waiter)
+            consume message, using: reservation, deadline: MonotonicTime(deadline), waiter)
         return try await waiter.value { connection.cancel([publish]) }
     }
 
     /// See ``SMAPEvents/EventTransport``.
     public func publish(
-        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        contentsOf messages: consuming [OutboundMessage], using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async -> [Result<Bool, EventsError>] {
         let connection: RabbitMQConnection

@@ -14,10 +14,10 @@ struct BenchCommand: AsyncParsableCommand {
         discussion: """
             Absolute figures move with the machine; the ratio to the raw C loop in the same run does not, nor does the \
             CPU time per message. Build it with -c release. It starts private servers, unless RABBITMQ_URL \
-            (REDIS_URL or REDIS_HOST for 'track') names others.
+            (REDIS_URL or REDIS_HOST for 'track') names others; the queues that it declares are deleted at the end.
             """,
         subcommands: [
-            Publish.self, Consume.self, Track.self, SoakCommand.self, WorkerCommand.self, CounterCommand.self,
+            Publish.self, Consume.self, EndToEnd.self, Track.self, SoakCommand.self, WorkerCommand.self, CounterCommand.self,
         ])
 
     struct Options: ParsableArguments {
@@ -33,7 +33,7 @@ struct BenchCommand: AsyncParsableCommand {
         @Option(help: "How many tasks publish, handle or report.")
         var tasks = 100
 
-        @Flag(help: "Measure the bare C loop too: raw, typed, raw, five times, and the median ratio.")
+        @Flag(help: "Measure bare loops too: before and after each typed run, five times, and the median ratio to each.")
         var raw = false
 
         @Flag(help: "Print JSON lines.")
@@ -59,12 +59,57 @@ struct BenchCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Publish with confirms to a quorum queue.")
         @OptionGroup var options: Options
 
+        @Option(help: "Publish lists of so many events, one call each, from one task.")
+        var contentsOf: Int?
+
+        func validate() throws {
+            guard (1...100_000).contains(contentsOf ?? 1) else {
+                throw ValidationError("A list has 1 to 100000 events.")
+            }
+        }
+
         func run() async throws {
             try await BenchCommand.withRabbitMQ { configuration in
-                let bench = try await RabbitMQBench(configuration, options)
-                try await bench.prepare("publish")
-                try await compare(options, "publish", typed: bench.publishTyped, raw: bench.publishRaw)
-                await bench.close()
+                try await RabbitMQBench.with(configuration, options) { bench in
+                    try await bench.prepare("publish")
+                    let typed: () async throws -> Measurement =
+                        if let contentsOf {
+                            { try await bench.publishLists(of: contentsOf) }
+                        } else {
+                            bench.publishTyped
+                        }
+                    try await compare(
+                        options, "publish", typed: typed,
+                        raw: [("own socket", bench.publishOwnSocket), ("librabbitmq", bench.publishRaw)])
+                }
+            }
+        }
+    }
+
+    struct EndToEnd: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            commandName: "e2e",
+            abstract: "Publish at a fixed rate, and measure the time until the handler has the event.",
+            discussion: """
+                The time counts from the moment at which the event was due, so that a publisher that falls behind does not \
+                hide it (coordinated omission).
+                """)
+        @OptionGroup var options: Options
+
+        @Option(help: "Events per second.")
+        var rate = 2_000
+
+        func validate() throws {
+            guard (1...1_000_000).contains(rate) else { throw ValidationError("A rate is 1 to 1000000 a second.") }
+        }
+
+        func run() async throws {
+            try await BenchCommand.withRabbitMQ { configuration in
+                try await RabbitMQBench.with(configuration, options) { bench in
+                    let measurement = try await bench.endToEnd(rate: rate)
+                    let report = Report("e2e \(rate)/s", measurement)
+                    try options.emit(report, report.text)
+                }
             }
         }
     }
@@ -88,9 +133,10 @@ struct BenchCommand: AsyncParsableCommand {
         }
 
         private func measure(_ configuration: RabbitMQConfiguration, _ inbox: RedisInbox?) async throws {
-            let bench = try await RabbitMQBench(configuration, options, inbox)
-            try await compare(options, "consume", typed: bench.consumeTyped, raw: bench.consumeRaw)
-            await bench.close()
+            try await RabbitMQBench.with(configuration, options, inbox) { bench in
+                try await compare(
+                    options, "consume", typed: bench.consumeTyped, raw: [("librabbitmq", bench.consumeRaw)])
+            }
         }
     }
 
@@ -142,7 +188,7 @@ struct BenchCommand: AsyncParsableCommand {
             } else if let pollers {
                 try await bench.poll(pollers)
             } else {
-                try await compare(options, "track", typed: bench.typed, raw: bench.raw)
+                try await compare(options, "track", typed: bench.typed, raw: [("raw", bench.raw)])
             }
             await bench.close()
         }

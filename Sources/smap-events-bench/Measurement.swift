@@ -79,7 +79,7 @@ struct Report: Encodable {
     }
 
     var text: String {
-        var text = "\(what.padding(toLength: 16, withPad: " ", startingAt: 0)) \(Int(rate)) /s  "
+        var text = "\(what.padding(toLength: 20, withPad: " ", startingAt: 0)) \(Int(rate)) /s  "
         text += "\(cpu_us_per_message) µs CPU each"
         if let p50_us, let p95_us, let p99_us, let max_us {
             text += "  p50 \(p50_us)  p95 \(p95_us)  p99 \(p99_us)  max \(max_us) µs"
@@ -90,35 +90,46 @@ struct Report: Encodable {
 
 struct Comparison: Encodable {
     var what: String
+    var peer: String
     var ratios: [Double]
     var median_ratio: Double
 }
 
-/// Measures once; or raw, typed, raw, five times, and prints the median of typed over the mean of the raws around it.
+/// Measures once; or peers, typed, peers, five times, and prints the median of typed over the mean of each peer around it.
 func compare(
     _ options: BenchCommand.Options, _ what: String, typed: () async throws -> Measurement,
-    raw: () async throws -> Measurement
+    raw peers: [(name: String, run: () async throws -> Measurement)]
 ) async throws {
     func show(_ name: String, _ measurement: Measurement) throws -> Measurement {
         let report = Report(name, measurement)
         try options.emit(report, report.text)
         return measurement
     }
+    func measurePeers() async throws -> [Measurement] {
+        var all: [Measurement] = []
+        for peer in peers { all.append(try show("\(what) \(peer.name)", try await peer.run())) }
+        return all
+    }
     guard options.raw else {
         _ = try show(what, try await typed())
         return
     }
-    var ratios: [Double] = []
+    var ratios = [[Double]](repeating: [], count: peers.count)
     for _ in 0..<5 {
-        let before = try show("\(what) raw", try await raw())
+        let before = try await measurePeers()
         let middle = try show("\(what) typed", try await typed())
-        let after = try show("\(what) raw", try await raw())
-        ratios.append(middle.rate / ((before.rate + after.rate) / 2))
+        let after = try await measurePeers()
+        for index in peers.indices {
+            ratios[index].append(middle.rate / ((before[index].rate + after[index].rate) / 2))
+        }
     }
-    ratios = ratios.map { ($0 * 1000).rounded() / 1000 }
-    let median = ratios.sorted()[ratios.count / 2]
-    try options.emit(
-        Comparison(what: what, ratios: ratios, median_ratio: median), "\(what): median ratio typed to raw \(median)")
+    for (peer, ratios) in zip(peers, ratios) {
+        let ratios = ratios.map { ($0 * 1000).rounded() / 1000 }
+        let median = ratios.sorted()[ratios.count / 2]
+        try options.emit(
+            Comparison(what: what, peer: peer.name, ratios: ratios, median_ratio: median),
+            "\(what): median ratio of typed to \(peer.name) \(median)")
+    }
 }
 
 /// Runs blocking code on a thread of its own, not on the cooperative pool.

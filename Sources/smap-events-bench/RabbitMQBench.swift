@@ -21,6 +21,13 @@ struct BenchEvent: SMAPEvent {
     }
 }
 
+/// An event that says how many were due before it.
+struct TimedEvent: SMAPEvent {
+    static let routingKey: RoutingKey = "bench.published"
+    var number: Int
+    var text: String
+}
+
 final class RabbitMQBench: Sendable {
     private let configuration: RabbitMQConfiguration
     private let options: BenchCommand.Options
@@ -30,8 +37,25 @@ final class RabbitMQBench: Sendable {
     private let publisher: EventPublisher
     private let inbox: (any Inbox)?
     private let runs = Atomic<Int>(0)
+    private let queues = Mutex<[QueueName]>([])
 
-    init(
+    /// Runs `body` with a bench, and deletes the queues that it has declared: else each later publish to a broker that stays
+    /// would fill them.
+    static func with(
+        _ configuration: RabbitMQConfiguration, _ options: BenchCommand.Options, _ inbox: (any Inbox)? = nil,
+        _ body: (RabbitMQBench) async throws -> Void
+    ) async throws {
+        let bench = try await RabbitMQBench(configuration, options, inbox)
+        do {
+            try await body(bench)
+        } catch {
+            try? await bench.close()
+            throw error
+        }
+        try await bench.close()
+    }
+
+    private init(
         _ configuration: RabbitMQConfiguration, _ options: BenchCommand.Options, _ inbox: (any Inbox)? = nil
     ) async throws {
         self.inbox = inbox
@@ -45,7 +69,14 @@ final class RabbitMQBench: Sendable {
         publisher = EventPublisher(transport: transport, configuration: PublisherConfiguration(service: "bench"))
     }
 
-    func close() async { await transport.close() }
+    private func close() async throws {
+        await transport.close()
+        let names = queues.withLock { $0 }.map(\.rawValue)
+        let raw = try await blocking { [configuration] in try RawRabbitMQ(configuration) }
+        try await blocking {
+            for name in names { raw.delete(queue: name) }
+        }
+    }
 
     /// Declares a queue of its own for what is published.
     @discardableResult
@@ -55,6 +86,7 @@ final class RabbitMQBench: Sendable {
         let deadline = ContinuousClock.now + .seconds(30)
         try await publisher.declareExchanges()
         try await transport.declare(QueueDeclaration(queue, deadLetters: true), deadline: deadline)
+        queues.withLock { $0.append(queue) }
         try await transport.bind(
             queue, to: ExchangeName.events, routingKey: BenchEvent.routingKey.rawValue, deadline: deadline)
         return queue
@@ -77,6 +109,90 @@ final class RabbitMQBench: Sendable {
                     }
                 }
                 return try await group.reduce(into: []) { $0 += $1 }
+            }
+        }
+    }
+
+    func publishLists(of count: Int) async throws -> Measurement {
+        try await Measurement.of(options.messages) {
+            var left = options.messages
+            while left > 0 {
+                let events = Array(repeating: event, count: min(count, left))
+                for result in await publisher.publish(contentsOf: events) { _ = try result.get() }
+                left -= events.count
+            }
+            return []
+        }
+    }
+
+    /// Publishes at a fixed rate while a subscriber handles; the latencies are from due to handled.
+    func endToEnd(rate: Int) async throws -> Measurement {
+        let queue = try await prepare("e2e")
+        var router = EventRouter()
+        let latencies = Latencies()
+        let (done, finish) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
+        let start = ContinuousClock.now + .milliseconds(200)
+        let interval = Duration.seconds(1) / Double(rate)
+        router.on(TimedEvent.self, matching: "#") { [messages = options.messages] delivery in
+            let latency = nanoseconds(since: start + interval * delivery.event.number)
+            if latencies.add(latency) == messages { finish.yield() }
+            return .acknowledge
+        }
+        let subscriber = EventSubscriber(
+            transport: transport,
+            subscription: EventSubscription(
+                queue: queue, bindings: [], prefetch: options.window, concurrency: min(options.tasks, options.window)),
+            router: router)
+        return try await Measurement.of(options.messages) {
+            try await withThrowingTaskGroup(of: Void.self) { group in
+                group.addTask { try await subscriber.run() }
+                group.addTask { for await _ in done { break } }
+                group.addTask { [publisher, options] in
+                    try await withThrowingDiscardingTaskGroup { publishing in
+                        var number = 0
+                        while number < options.messages {
+                            // A timer for each would cost more than the event does: what is due goes out each millisecond.
+                            try await Task.sleep(until: max(start, .now + .milliseconds(1)), tolerance: .zero)
+                            while number < options.messages, start + interval * number <= .now {
+                                publishing.addTask { [number] in
+                                    try await publisher.publish(TimedEvent(number: number, text: ""))
+                                }
+                                number += 1
+                            }
+                        }
+                    }
+                    // The handler ends the measurement.
+                    for await _ in AsyncStream<Void>.makeStream().stream {}
+                }
+                defer { group.cancelAll() }
+                try await group.next()
+            }
+            return latencies.all
+        }
+    }
+
+    private final class Latencies: Sendable {
+        private let values = Mutex<[UInt64]>([])
+
+        func add(_ value: UInt64) -> Int {
+            values.withLock { values in
+                values.append(value)
+                return values.count
+            }
+        }
+
+        var all: [UInt64] { values.withLock { $0 } }
+    }
+
+    func publishOwnSocket() async throws -> Measurement {
+        let (configuration, options, body) = (configuration, options, body)
+        let loop = try await blocking { try OwnSocketLoop(configuration) }
+        return try await Measurement.of(options.messages) {
+            try await blocking {
+                try loop.publish(
+                    exchange: ExchangeName.events, key: BenchEvent.routingKey.rawValue, body: body,
+                    count: options.messages, window: options.window)
+                return []
             }
         }
     }

@@ -81,6 +81,12 @@ final class RawRabbitMQ: @unchecked Sendable {
         }
     }
 
+    func delete(queue: String) {
+        guard let name = strdup(queue) else { return }
+        defer { free(name) }
+        _ = amqp_queue_delete(handle, 1, amqp_cstring_bytes(name), 0, 0)
+    }
+
     private func readConfirms(_ confirmed: UInt64) throws -> UInt64 {
         var confirmed = confirmed
         var frame = amqp_frame_t()

@@ -12,7 +12,7 @@ struct InterceptedTransport: EventTransport {
     var consuming: @Sendable () throws -> Void = {}
 
     func publish(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        _ message: consuming OutboundMessage, using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async throws -> Bool {
         try publishing(message)

@@ -1,3 +1,9 @@
+#if canImport(FoundationEssentials)
+internal import FoundationEssentials
+#else
+internal import Foundation
+#endif
+
 extension EventEnvelope {
     /// The envelope as UTF-8 JSON.
     ///
@@ -27,12 +33,32 @@ extension EventEnvelope {
 
     /// - Parameter identity: ``identity(service:routingKey:)`` of this envelope, where it is known.
     func serialized(shape: EventShape, identity: [UInt8]?) throws -> [UInt8] {
+        try serialized(identity: identity, dataCount: data.count * (shape == .both ? 2 : 1)) { bytes in
+            if shape != .flat {
+                bytes.append(literal: ",\"data\":")
+                bytes.append(contentsOf: data)
+            }
+            if shape != .nested { try appendFields(to: &bytes) }
+        }
+    }
+
+    /// The envelope with data that was encoded just now, which is copied only once.
+    func serialized(nesting data: Data, identity: [UInt8]) throws -> [UInt8] {
+        try serialized(identity: identity, dataCount: data.count) { bytes in
+            bytes.append(literal: ",\"data\":")
+            data.withUnsafeBytes { bytes.append(contentsOf: $0) }
+        }
+    }
+
+    private func serialized(
+        identity: [UInt8]?, dataCount: Int, appendData: (inout [UInt8]) throws -> Void
+    ) throws -> [UInt8] {
         guard let routingKey else {
             throw EventsError(
                 .invalidEvent, "an envelope is written with a routing key", operation: "publish", eventID: eventID)
         }
         var bytes: [UInt8] = []
-        bytes.reserveCapacity(320 + data.count * (shape == .both ? 2 : 1))
+        bytes.reserveCapacity(320 + dataCount)
         bytes.append(literal: "{\"event_id\":")
         bytes.append(json: eventID.rawValue)
         bytes.append(literal: ",\"timestamp\":\"")
@@ -52,11 +78,7 @@ extension EventEnvelope {
             bytes.append(literal: ",\"schema_version\":")
             bytes.append(contentsOf: String(schemaVersion).utf8)
         }
-        if shape != .flat {
-            bytes.append(literal: ",\"data\":")
-            bytes.append(contentsOf: data)
-        }
-        if shape != .nested { try appendFields(to: &bytes) }
+        try appendData(&bytes)
         bytes.append(literal: "}}")
         guard bytes.count <= Self.sizeLimit else {
             throw EventsError(

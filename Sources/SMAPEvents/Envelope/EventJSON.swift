@@ -30,8 +30,11 @@ enum EventJSON {
         return decoder
     }()
 
-    static func encode<E: SMAPEvent>(_ event: E) throws -> [UInt8] {
-        let data = try encode(event, "\(E.routingKey)", operation: "publish")
+    static func encode<E: SMAPEvent>(_ event: E) throws -> [UInt8] { Array(try encodedData(of: event)) }
+
+    /// The data of an event, as the encoder hands it out.
+    static func encodedData<E: SMAPEvent>(of event: E) throws -> Data {
+        let data = try encodedData(of: event, "\(E.routingKey)", operation: "publish")
         guard data.first == UInt8(ascii: "{") else {
             throw EventsError(.invalidEvent, "\(E.routingKey) is not written as a JSON object", operation: "publish")
         }
@@ -41,9 +44,13 @@ enum EventJSON {
     /// Writes any value; `name` says what it is, in errors.
     static func encode(
         _ value: some Encodable, _ name: @autoclosure () -> String, operation: String
-    ) throws -> [UInt8] {
+    ) throws -> [UInt8] { Array(try encodedData(of: value, name(), operation: operation)) }
+
+    private static func encodedData(
+        of value: some Encodable, _ name: @autoclosure () -> String, operation: String
+    ) throws -> Data {
         do {
-            return Array(try encoder.encode(value))
+            return try encoder.encode(value)
         } catch let error as EncodingError {
             throw EventsError(
                 .invalidEvent, "\(name()) cannot be written as JSON\(path(of: error))", operation: operation)

@@ -96,7 +96,7 @@ public final class EventPublisher: EventPublishing {
                     1, bytes: template.expectedSize, for: template.destination, deadline: deadline)
                 let message = try message()
                 template.expectedSize = message.body.count
-                routed = try await transport.publish(message, using: reservation, deadline: deadline)
+                routed = try await transport.publish(consume message, using: reservation, deadline: deadline)
             } else {
                 routed = try await tracing.publish(to: template.destination, eventID: eventID) { headers in
                     let reservation = try await transport.reserve(
@@ -343,11 +343,17 @@ public final class EventPublisher: EventPublishing {
     private func message<E: SMAPEvent>(
         for event: E, _ template: EventTemplate, _ eventID: EventID, _ options: PublishOptions
     ) throws -> OutboundMessage {
+        let data = try EventJSON.encodedData(of: event)
+        let isNested = E.shape == .nested
         let envelope = EventEnvelope(
             eventID: eventID, timestamp: options.timestamp ?? Date(), routingKey: template.routingKey,
             projectID: event.projectID, service: configuration.service, idempotencyKey: event.idempotencyKey,
-            schemaVersion: E.schemaVersion, data: try EventJSON.encode(event))
-        return try message(envelope, template, E.shape, options)
+            schemaVersion: E.schemaVersion, data: isNested ? [] : Array(data))
+        let body =
+            isNested
+            ? try envelope.serialized(nesting: data, identity: template.identity)
+            : try envelope.serialized(shape: E.shape, identity: template.identity)
+        return message(envelope, template, body, options)
     }
 
     private func message(
@@ -359,15 +365,15 @@ public final class EventPublisher: EventPublishing {
             data: event.data)
         try EventCatalogue.complete(&envelope)
         let shape = event.shape ?? EventCatalogue.shape(of: event.routingKey) ?? .nested
-        return try message(envelope, template, shape, options)
+        let body = try envelope.serialized(shape: shape, identity: template.identity)
+        return message(envelope, template, body, options)
     }
 
     private func message(
-        _ envelope: EventEnvelope, _ template: EventTemplate, _ shape: EventShape, _ options: PublishOptions
-    ) throws -> OutboundMessage {
+        _ envelope: EventEnvelope, _ template: EventTemplate, _ body: [UInt8], _ options: PublishOptions
+    ) -> OutboundMessage {
         var message = OutboundMessage(
-            template.message, messageID: envelope.eventID, timestamp: envelope.timestamp,
-            body: try envelope.serialized(shape: shape, identity: template.identity))
+            template.message, messageID: envelope.eventID, timestamp: envelope.timestamp, body: body)
         // What few events have is encoded with each of them.
         if let correlationID = options.correlationID { message.properties.correlationID = correlationID }
         if let tenant = options.tenantID { message.properties.headers["tenant_id"] = .string(tenant) }

@@ -51,7 +51,7 @@ public protocol EventTransport: Sendable {
     /// - Throws: ``EventsError``, whose ``EventsError/publishOutcome`` says how the publish ended;
     ///   `CancellationError`.
     func publish(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        _ message: consuming OutboundMessage, using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async throws -> Bool
 
@@ -61,7 +61,7 @@ public protocol EventTransport: Sendable {
     ///
     /// - Parameter reservation: The room that was reserved for them.
     func publish(
-        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        contentsOf messages: consuming [OutboundMessage], using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async -> [Result<Bool, EventsError>]
 
@@ -101,7 +101,7 @@ extension EventTransport {
 
     /// Publishes the messages one after the other.
     public func publish(
-        contentsOf messages: [OutboundMessage], using reservation: consuming PublishReservation,
+        contentsOf messages: consuming [OutboundMessage], using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async -> [Result<Bool, EventsError>] {
         var results: [Result<Bool, EventsError>] = []

@@ -134,7 +134,7 @@ public final class InMemoryBroker: EventTransport {
 
     /// See ``SMAPEvents/EventTransport``.
     public func publish(
-        _ message: OutboundMessage, using reservation: consuming PublishReservation,
+        _ message: consuming OutboundMessage, using reservation: consuming PublishReservation,
         deadline: ContinuousClock.Instant
     ) async throws -> Bool {
         try Task.checkCancellation()
