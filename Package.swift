@@ -91,7 +91,8 @@ let package = Package(
         .executableTarget(
             name: "smap-events-bench",
             dependencies: [
-                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "ConnectionThread", "CRabbitMQ", "CHiredis",
+                "SMAPEvents", "SMAPRabbitMQ", "SMAPRedis", "SMAPEventsTesting", "ConnectionThread", "CRabbitMQ",
+                "CHiredis",
                 argumentParser, configuration, histogram,
             ],
             swiftSettings: settings

@@ -17,7 +17,8 @@ struct BenchCommand: AsyncParsableCommand {
             (REDIS_URL or REDIS_HOST for 'track') names others; the queues that it declares are deleted at the end.
             """,
         subcommands: [
-            Publish.self, Consume.self, EndToEnd.self, Track.self, SoakCommand.self, WorkerCommand.self, CounterCommand.self,
+            Publish.self, Consume.self, EndToEnd.self, Track.self, SoakCommand.self, WorkerCommand.self,
+            CounterCommand.self,
         ])
 
     struct Options: ParsableArguments {
@@ -33,7 +34,8 @@ struct BenchCommand: AsyncParsableCommand {
         @Option(help: "How many tasks publish, handle or report.")
         var tasks = 100
 
-        @Flag(help: "Measure bare loops too: before and after each typed run, five times, and the median ratio to each.")
+        @Flag(
+            help: "Measure bare loops too: before and after each typed run, five times, and the median ratio to each.")
         var raw = false
 
         @Flag(help: "Print JSON lines.")

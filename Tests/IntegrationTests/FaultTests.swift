@@ -395,6 +395,39 @@ import Testing
 
     // MARK: Security
 
+    @Test func `a topic that a user may not write to fails alone, and four hundred others are confirmed`() async throws
+    {
+        let stack = try await SharedStack.current
+        try await stack.rabbitMQControl("add_user", "topical", "pw")
+        try await stack.rabbitMQControl("set_permissions", "topical", ".*", ".*", ".*")
+        let admin = try await SharedStack.transport()
+        try await EventSubscription(queue: "topical.q", bindings: ["topical.#"]).topology.apply(to: admin)
+        try await stack.rabbitMQControl(
+            "set_topic_permissions", "topical", ExchangeName.events, #"^topical\.open$"#, ".*")
+        var configuration = try RabbitMQConfiguration(url: stack.rabbitMQURL)
+        configuration.username = "topical"
+        configuration.password = "pw"
+        try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
+            let publisher = publisher(transport)
+            let ends = await withTaskGroup(of: String.self) { group in
+                for number in 0...400 {
+                    group.addTask {
+                        let key: RoutingKey = number == 200 ? "topical.secret" : "topical.open"
+                        do {
+                            let event = UntypedEvent(routingKey: key, data: Array("{}".utf8))
+                            return try await publisher.publish(event).routed ? "routed" : "returned"
+                        } catch { return (error as? EventsError)?.code.description ?? "\(error)" }
+                    }
+                }
+                return await group.reduce(into: [String: Int]()) { $0[$1, default: 0] += 1 }
+            }
+            #expect(ends == ["routed": 400, "accessRefused": 1])
+        }
+        let held = try await admin.status(of: "topical.q", deadline: .now + .seconds(20)).messages
+        #expect(held >= 400)
+        await admin.close()
+    }
+
     @Test
     func `a user with just the documented permissions can do its job, and with one fewer gets a typed error, once`()
         async throws

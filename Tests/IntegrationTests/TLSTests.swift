@@ -121,6 +121,33 @@ import Testing
         }
     }
 
+    @Test func `with EXTERNAL the client's certificate is its login, without a password`() async throws {
+        try await withCertificates { folder in
+            let port = try freePort()
+            var options = LocalStack.Options()
+            options.redis = false
+            options.rabbitMQPlugins = ["rabbitmq_auth_mechanism_ssl"]
+            options.rabbitMQSettings = [
+                "listeners.ssl.1 = 127.0.0.1:\(port)", "ssl_options.cacertfile = \(folder)/ca.pem",
+                "ssl_options.certfile = \(folder)/server.pem", "ssl_options.keyfile = \(folder)/server.key",
+                "ssl_options.verify = verify_peer", "ssl_options.fail_if_no_peer_cert = true",
+                "auth_mechanisms.1 = PLAIN", "auth_mechanisms.2 = EXTERNAL", "ssl_cert_login_from = common_name",
+            ]
+            try await LocalStack.withStack(options) { stack in
+                var external = configuration(port, folder)
+                external.authentication = .external
+                external.username = "nobody"
+                external.password = "wrong"
+                let unknown = try await publish(external)
+                #expect(unknown?.code == .accessRefused, "there is no user of that name yet")
+                try await stack.rabbitMQControl("add_user", "client", "unused")
+                try await stack.rabbitMQControl("set_permissions", "client", ".*", ".*", ".*")
+                let error = try await publish(external)
+                #expect(error == nil, "\(String(describing: error))")
+            }
+        }
+    }
+
     @Test func `a Redis that asks for a certificate keeps the contract by name and by address, and comes back`()
         async throws
     {

@@ -91,6 +91,69 @@ private struct Measured: SMAPEvent {
         #expect(try metrics.expectGauge("events_subscription_active", [queue]).values.contains(1))
     }
 
+    @Test func `an event that reached no queue is counted as returned, and made-up keys share one label`() async throws
+    {
+        let metrics = Self.metrics
+        try await EventsTestHarness.withHarness { harness in
+            let publisher = EventPublisher(
+                transport: harness.broker, configuration: PublisherConfiguration(service: "test"))
+            let nowhere = UntypedEvent(routingKey: "measured.nowhere", data: Array("{}".utf8))
+            #expect(try await publisher.publish(nowhere).routed == false)
+            for number in 0..<1_100 {
+                let key = try RoutingKey("madeup.k\(number)")
+                try await publisher.publish(UntypedEvent(routingKey: key, data: Array("{}".utf8)))
+            }
+        }
+        let key = ("routing_key", "measured.nowhere")
+        #expect(try metrics.expectCounter("events_returned_total", [key]).totalValue == 1)
+        #expect(try metrics.expectCounter("events_published_total", [("routing_key", "other")]).totalValue >= 100)
+        #expect(throws: (any Error).self) {
+            try metrics.expectCounter("events_published_total", [("routing_key", "madeup.k1099")])
+        }
+    }
+
+    @Test func `a trace context that the wire cannot carry is left out, and the event is published`() async throws {
+        let tracer = ForeignTracer(
+            headers: [
+                "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b\r\nc=d",
+                "baggage": String(repeating: "x", count: 70_000), "BCC": "other.queue",
+            ])
+        try await EventsTestHarness.withHarness { harness in
+            var configuration = PublisherConfiguration(service: "test")
+            configuration.tracer = tracer
+            let publisher = EventPublisher(transport: harness.broker, configuration: configuration)
+            try await EventSubscription(queue: "foreign.q", bindings: ["measured.#"]).topology
+                .apply(to: harness.broker)
+            try await publisher.publish(Measured())
+            let results = await publisher.publish(contentsOf: [Measured(), Measured()])
+            for result in results { #expect(try result.get().routed) }
+            let messages = harness.broker.messages(in: "foreign.q")
+            #expect(messages.count == 3)
+            for message in messages {
+                #expect(Set(message.properties.headers.keys) == ["traceparent", "x-smap-schema-version"])
+            }
+        }
+    }
+
+    @Test func `a request is a span and is counted, as any other event is`() async throws {
+        let tracer = InMemoryTracer()
+        let metrics = Self.metrics
+        struct Asked: SMAPEvent { static let routingKey: RoutingKey = "measured.asked" }
+        try await EventsTestHarness.withHarness { harness in
+            var configuration = PublisherConfiguration(service: "test")
+            configuration.tracer = tracer
+            let requester = EventRequester(transport: harness.broker, configuration: configuration)
+            let error = await #expect(throws: EventsError.self) {
+                try await requester.request(Asked(), reply: Asked.self)
+            }
+            #expect(error?.code == .unroutable)
+            #expect(error?.eventID != nil)
+        }
+        #expect(tracer.finishedSpans.contains { $0.operationName == "publish smap.events" && $0.kind == .producer })
+        let dimensions = [("routing_key", "measured.asked"), ("error_type", "unroutable")]
+        #expect(try metrics.expectCounter("event_publish_failures_total", dimensions).totalValue == 1)
+    }
+
     @Test func `what became of each report of an item is counted, those of a project that is gone too`() async throws {
         let metrics = Self.metrics
         let tracker = ProgressTracker(store: InMemoryProgressStore())
@@ -246,4 +309,34 @@ private struct Measured: SMAPEvent {
             #expect(await subscriber.health().isHealthy == false)
         }
     }
+}
+
+/// Puts headers of a foreign context into what is published.
+private struct ForeignTracer: Tracer {
+    let headers: [String: String]
+    private let tracer = InMemoryTracer()
+
+    init(headers: [String: String]) { self.headers = headers }
+
+    func startSpan<Instant: TracerInstant>(
+        _ operationName: String, context: @autoclosure () -> ServiceContext, ofKind kind: SpanKind,
+        at instant: @autoclosure () -> Instant, function: String, file fileID: String, line: UInt
+    ) -> InMemorySpan {
+        tracer.startSpan(
+            operationName, context: context(), ofKind: kind, at: instant(), function: function, file: fileID,
+            line: line)
+    }
+
+    func forceFlush() {}
+
+    func inject<Carrier, Inject: Injector>(
+        _ context: ServiceContext, into carrier: inout Carrier, using injector: Inject
+    )
+    where Inject.Carrier == Carrier {
+        for (key, value) in headers { injector.inject(value, forKey: key, into: &carrier) }
+    }
+
+    func extract<Carrier, Extract: Extractor>(
+        _ carrier: Carrier, into context: inout ServiceContext, using extractor: Extract
+    ) where Extract.Carrier == Carrier {}
 }

@@ -335,5 +335,30 @@ extension TransportContract {
                 try ContractViolation.equal(try await code(1, .seconds(2)), .deadlineExceeded, "no reply")
             }
         },
+        Check("a reply goes to an address for replies only, never to a queue that the request names") { bench in
+            var router = EventRouter()
+            router.onRequest(Tried.self) { _ in Reply(text: "secret") }
+            let victim = try bench.queue("victim")
+            try await bench.transport.declare(QueueDeclaration(victim), deadline: bench.deadline)
+            try await bench.transport.declare(bench.exchange(.topic), deadline: bench.deadline)
+            let subscription = try subscription(bench)
+            try await subscribing(bench, subscription, router) {
+                var message = bench.message(bench.exchange(.topic).name, "contract.tried", "{\"number\":1}")
+                message.body = try EventEnvelope(
+                    routingKey: Tried.routingKey, service: "contract", data: Array("{\"number\":1}".utf8)
+                ).serialized()
+                message.properties.replyTo = victim.rawValue
+                message.properties.correlationID = "c"
+                try await bench.transport.publish(message, deadline: bench.deadline)
+                try await bench.await(0, in: subscription.queue, deadLetters: true)
+                // The request that comes behind it has been replied to, or would have been.
+                var configuration = PublisherConfiguration(service: "contract")
+                configuration.exchange = bench.exchange(.topic).name
+                let requester = EventRequester(transport: bench.transport, configuration: configuration)
+                let reply = try await requester.request(Tried(number: 2), reply: Reply.self)
+                try ContractViolation.equal(reply.text, "secret", "a proper request")
+            }
+            try await bench.await(0, in: victim)
+        },
     ]
 }

@@ -31,6 +31,8 @@ public final class LocalStack: Sendable {
         public var redis = true
         /// More lines for `rabbitmq.conf`, such as `channel_max = 100`.
         public var rabbitMQSettings: [String] = []
+        /// The plugins of RabbitMQ to enable, of those that come with it. None by default.
+        public var rabbitMQPlugins: [String] = []
         /// More settings for Redis, such as `["--appendonly", "yes"]`.
         public var redisArguments: [String] = []
         /// How long both may take until they are ready, 90 s by default.
@@ -107,7 +109,8 @@ public final class LocalStack: Sendable {
         var processes = Processes(all: [])
         do {
             if options.rabbitMQ {
-                try prepareRabbitMQ(folder: folder, port: ports[0], options.rabbitMQSettings)
+                try prepareRabbitMQ(
+                    folder: folder, port: ports[0], options.rabbitMQSettings, plugins: options.rabbitMQPlugins)
                 processes.all.append(try await startNames(folder: folder, epmd: ports[2]))
                 let node = try await startRabbitMQ(folder: folder, ports: ports)
                 processes.all.append(node)
@@ -235,7 +238,9 @@ public final class LocalStack: Sendable {
 
     private static func nodeName(_ ports: [Int]) -> String { "smap\(ports[0])@localhost" }
 
-    private static func prepareRabbitMQ(folder: String, port: Int, _ settings: [String]) throws {
+    private static func prepareRabbitMQ(
+        folder: String, port: Int, _ settings: [String], plugins: [String]
+    ) throws {
         let home = "\(folder)/rabbitmq"
         try makeFolder(home)
         try makeFolder("\(folder)/epmd")
@@ -245,7 +250,7 @@ public final class LocalStack: Sendable {
             log.file.level = warning
             \(settings.joined(separator: "\n"))
             """, to: "\(home)/rabbitmq.conf")
-        try write("[].\n", to: "\(home)/enabled_plugins")
+        try write("[\(plugins.joined(separator: ","))].\n", to: "\(home)/enabled_plugins")
     }
 
     /// Erlang's port mapper, on a port of its own: the node would leave one behind.
