@@ -28,9 +28,6 @@ static inline int smap_tls_verify(int is_fine, X509_STORE_CTX *store) {
 
 // Makes the handshake itself fail unless the server is who it should be and speaks TLS 1.2 or newer. `host` is a name or
 // an address. 0 if something could not be set.
-//
-// For librabbitmq's contexts too: left alone it verifies only after the handshake, knows no default authorities, takes
-// TLS 1.1, and compares names with DNS entries only.
 static inline int smap_tls_prepare(void *context, const char *host, int verify_peer, int verify_host,
                                    int use_system_authorities) {
     SSL_CTX *ssl = (SSL_CTX *)context;
