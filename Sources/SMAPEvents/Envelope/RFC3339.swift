@@ -15,27 +15,31 @@ enum RFC3339 {
         let time = Int(milliseconds - days * 86_400_000)
         let (year, month, day) = civil(fromDays: Int(days))
 
-        func put(_ value: Int, _ width: Int) {
-            var divisor = width == 4 ? 1000 : width == 3 ? 100 : 10
-            while divisor > 0 {
-                bytes.append(0x30 + UInt8(value / divisor % 10))
-                divisor /= 10
+        // One append of all 24 bytes: this is done for each event.
+        withUnsafeTemporaryAllocation(of: UInt8.self, capacity: 24) { buffer in
+            func put(_ value: Int, at offset: Int) {
+                buffer[offset] = 0x30 + UInt8(truncatingIfNeeded: value / 10)
+                buffer[offset + 1] = 0x30 + UInt8(truncatingIfNeeded: value % 10)
             }
+            // Sound: `2025-12-05T10:30:45.123Z` has 24 bytes, and each of them is written.
+            put(year / 100, at: 0)
+            put(year % 100, at: 2)
+            buffer[4] = UInt8(ascii: "-")
+            put(month, at: 5)
+            buffer[7] = UInt8(ascii: "-")
+            put(day, at: 8)
+            buffer[10] = UInt8(ascii: "T")
+            put(time / 3_600_000, at: 11)
+            buffer[13] = UInt8(ascii: ":")
+            put(time / 60_000 % 60, at: 14)
+            buffer[16] = UInt8(ascii: ":")
+            put(time / 1000 % 60, at: 17)
+            buffer[19] = UInt8(ascii: ".")
+            buffer[20] = 0x30 + UInt8(truncatingIfNeeded: time % 1000 / 100)
+            put(time % 100, at: 21)
+            buffer[23] = UInt8(ascii: "Z")
+            bytes.append(contentsOf: buffer)
         }
-        put(year, 4)
-        bytes.append(UInt8(ascii: "-"))
-        put(month, 2)
-        bytes.append(UInt8(ascii: "-"))
-        put(day, 2)
-        bytes.append(UInt8(ascii: "T"))
-        put(time / 3_600_000, 2)
-        bytes.append(UInt8(ascii: ":"))
-        put(time / 60_000 % 60, 2)
-        bytes.append(UInt8(ascii: ":"))
-        put(time / 1000 % 60, 2)
-        bytes.append(UInt8(ascii: "."))
-        put(time % 1000, 3)
-        bytes.append(UInt8(ascii: "Z"))
     }
 
     static func string(from date: Date) -> String {

@@ -16,17 +16,17 @@ public struct EventID: Sendable, Hashable, CustomStringConvertible {
         let low = (random.1 & 0x3FFF_FFFF_FFFF_FFFF) | 0x8000_0000_0000_0000
         rawValue = String(unsafeUninitializedCapacity: 40) { buffer in
             // Sound: every one of the 40 bytes of the capacity asked for is written below, all of them ASCII.
-            var position = 0
-            func put(_ byte: UInt8) {
-                buffer[position] = byte
-                position += 1
-            }
-            for byte in "evt_".utf8 { put(byte) }
+            var position = 4
+            for (offset, byte) in "evt_".utf8.enumerated() { buffer[offset] = byte }
             for index in 0..<32 {
-                if index == 8 || index == 12 || index == 16 || index == 20 { put(UInt8(ascii: "-")) }
+                if index == 8 || index == 12 || index == 16 || index == 20 {
+                    buffer[position] = UInt8(ascii: "-")
+                    position += 1
+                }
                 let word = index < 16 ? high : low
-                let digit = UInt8((word >> UInt64((15 - index % 16) * 4)) & 0xF)
-                put(digit < 10 ? 0x30 + digit : 0x57 + digit)
+                let digit = UInt8(truncatingIfNeeded: word >> UInt64((15 - index % 16) * 4)) & 0xF
+                buffer[position] = digit < 10 ? 0x30 + digit : 0x57 + digit
+                position += 1
             }
             return position
         }
