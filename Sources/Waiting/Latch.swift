@@ -9,6 +9,7 @@ public final class Latch: Sendable {
 
     private let state = Mutex(State())
 
+    /// A latch that is not open yet.
     public init() {}
 
     /// It has happened.

@@ -20,6 +20,7 @@ public final class Waiter<Value: Sendable>: Sendable {
 
     @usableFromInline let state: Mutex<State>
 
+    /// A waiter that has no result yet.
     @inlinable
     public init() { state = Mutex(.idle) }
 
