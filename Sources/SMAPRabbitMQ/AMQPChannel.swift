@@ -117,8 +117,17 @@ final class AMQPChannel {
         for step in steps.reversed() { queued.prepend(step) }
     }
 
-    /// The last step of opening was answered.
-    func opened() { state = .open }
+    /// The last step of opening was answered. One that is being closed meanwhile stays so.
+    func opened() { if case .opening = state { state = .open } }
+
+    /// The broker's answer to opening or closing may take until then.
+    func renewLimit(_ limit: MonotonicTime) {
+        switch state {
+        case .opening: state = .opening(limit: limit)
+        case .closing: state = .closing(limit: limit)
+        case .closed, .open, .waiting: break
+        }
+    }
 
     /// It is opened again later.
     func wait(until time: MonotonicTime) { state = .waiting(until: time) }

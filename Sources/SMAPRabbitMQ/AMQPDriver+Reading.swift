@@ -83,6 +83,8 @@ extension AMQPDriver {
             connection.blocked(blocked.map { Self.text($0.reason) } ?? "")
         case AMQP_CONNECTION_UNBLOCKED_METHOD:
             isBlocked = false
+            // It has read nothing meanwhile: what it was asked before it can answer only now.
+            for channel in channels.values { channel.renewLimit(answerLimit) }
             connection.blocked(nil)
         case AMQP_CONNECTION_CLOSE_METHOD:
             let close = method.decoded?.load(as: amqp_connection_close_t.self)

@@ -102,7 +102,11 @@ extension AMQPDriver {
         case .restored(let operation):
             restoring -= 1
             restoreLimit = answerLimit
-            if case .failure(let error) = result { connection.restorationRefused(operation, error) }
+            if case .failure(let error) = result, connection.retriesRestoration(of: operation, after: error) {
+                throw EventsError(
+                    .connectionLost, "the topology cannot be declared again: \(error.message)",
+                    operation: "connection")
+            }
             if restoring == 0 { connection.restored() }
         case .closedByUs:
             _ = channel.closed(isFaultOfStep: false)
@@ -132,6 +136,10 @@ extension AMQPDriver {
         case (_, .failure(let error)): answer(request, .failure(error))
         case (.closeConsumer(let consumer), .success):
             channels[channel.number] = nil
+            // A cancel that came at the same time: the channel was closed before it was sent.
+            for step in channel.takeAll() {
+                if case .request(let other) = step.completion { answer(other, .success(.done)) }
+            }
             connection.remove(consumer)
             answer(request, .success(.done))
         case (let operation, .success(let method)):

@@ -241,7 +241,7 @@ final class AMQPDriver: ConnectionDriver {
             var blamed: BrokerRequest?
             switch stepInFlight(error)?.completion {
             case .request(let request): blamed = request
-            case .restored(let operation): connection.restorationRefused(operation, error)
+            case .restored(let operation): _ = connection.retriesRestoration(of: operation, after: error)
             default: break
             }
             // Without a name, a message is to blame only where there was nothing else.

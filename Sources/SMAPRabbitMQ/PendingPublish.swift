@@ -32,6 +32,8 @@ final class PendingPublish: @unchecked Sendable {
     var isInDoubt = false
     /// Whether it has been handed to a connection that is still there.
     var isOnWire = false
+    /// Its delivery tag on the channel that it was written to.
+    var tag: UInt64 = 0
     /// Where its first byte stands in the stream of that connection.
     var position: UInt64 = 0
     /// Whether the broker may have closed a channel because of it.
@@ -48,6 +50,7 @@ final class PendingPublish: @unchecked Sendable {
     /// The broker has answered.
     func settle() {
         isSettled = true
+        isSuspect = false
         message = nil
     }
 

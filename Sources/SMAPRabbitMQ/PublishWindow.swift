@@ -107,15 +107,20 @@ struct PublishWindow {
 
     /// To be written, in order.
     private var unsent: Deque<PendingPublish> = []
-    /// On the wire and not answered; the first has the delivery tag ``firstTag``.
+    /// On the wire and not answered, in the order of their tags. Settled ones stand in between until there are as many of
+    /// them as of others, so one that the broker does not answer keeps nothing behind it.
     private var sent: Deque<PendingPublish> = []
+    /// How many of them are settled.
+    private var settledCount = 0
     /// Tags count from 1 on each channel.
-    private var firstTag: UInt64 = 1
+    private var nextTag: UInt64 = 1
     /// What is in the window of one destination.
     private struct Share {
         var messages = 0
         var bytes = 0
-        /// Since when nothing of what was written has been confirmed; nil while nothing is.
+        /// How many of the messages are on the wire.
+        var written = 0
+        /// Since when nothing of what was written has been confirmed; nil while nothing is written.
         var silentSince: MonotonicTime?
     }
 
@@ -173,13 +178,19 @@ struct PublishWindow {
 
     /// What a caller gets, for whom there is room.
     private func grant(_ wanted: Grant, _ share: Int) -> Grant {
-        var granted = part(of: wanted)
-        // Of what is in spare no more than one destination may have.
-        if !hasRoom, granted.count > 1 {
-            let count = max(1, min(granted.count, limits.messages / 16 - shares[share].messages))
-            granted = Grant(count: count, bytes: granted.bytes / granted.count * count)
-        }
-        return granted
+        let part = part(of: wanted)
+        guard part.count > 1 else { return part }
+        // No more than there is room for; and of what is in spare no more than one destination may have.
+        let room =
+            hasRoom
+            ? (messages: limits.messages - messages, bytes: limits.bytes - bytes)
+            : (
+                messages: limits.messages / 16 - shares[share].messages,
+                bytes: limits.bytes / 16 - shares[share].bytes
+            )
+        let each = max(1, part.bytes / part.count)
+        let count = max(1, min(part.count, room.messages, room.bytes / each))
+        return Grant(count: count, bytes: part.bytes / part.count * count)
     }
 
     /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
@@ -368,16 +379,18 @@ struct PublishWindow {
     /// Whether the thread must be told of what was just submitted. While some messages are in flight their confirms bring
     /// it round soon enough, and it then finds a batch instead of one message; that is Nagle's rule (RFC 896), and saves
     /// a dozen system calls a message. Where they do not, ``patience`` does.
-    var needsWake: Bool { sent.count < Self.busyCount || unsent.count % Self.busyCount == 0 }
+    var needsWake: Bool { sentCount < Self.busyCount || unsent.count % Self.busyCount == 0 }
 
     /// How long the thread may stay away when it has written what it could; nil for as long as it likes. A queue that
     /// cannot confirm (a quorum queue without a majority) must not hold up what goes to others.
     var patience: Duration? {
-        hasUnsent ? .milliseconds(2) : sent.count < Self.busyCount ? nil : .milliseconds(10)
+        hasUnsent ? .milliseconds(2) : sentCount < Self.busyCount ? nil : .milliseconds(10)
     }
 
-    /// How many messages are on the wire.
-    var sentCount: Int { sent.count }
+    /// How many messages are on the wire and not answered.
+    var sentCount: Int { sent.count - settledCount }
+    /// How many places those take that are on the wire.
+    var sentPlaces: Int { sent.count }
 
     // MARK: The connection thread
 
@@ -418,8 +431,11 @@ struct PublishWindow {
             }
             size += length
             let share = Self.share(of: next.destination)
-            if shares[share].silentSince == nil { shares[share].silentSince = now }
+            if shares[share].written == 0 { shares[share].silentSince = now }
+            shares[share].written += 1
             next.isOnWire = true
+            next.tag = nextTag
+            nextTag += 1
             next.position = position
             position += UInt64(length)
             batch.append(next)
@@ -449,10 +465,14 @@ struct PublishWindow {
                 guard confirmed(tag: tag, multiple: multiple, isNack: isNack, now, &resumptions) else { return nil }
             }
         }
-        // Settled ones leave from the front, so that tags stay positions.
+        // Mostly the oldest are settled first.
         while let first = sent.first, first.isSettled {
             sent.removeFirst()
-            firstTag += 1
+            settledCount -= 1
+        }
+        if settledCount > max(64, sentCount) {
+            sent.removeAll(where: \.isSettled)
+            settledCount = 0
         }
         admitWaiting(&resumptions)
         noteDrained(&resumptions)
@@ -462,16 +482,32 @@ struct PublishWindow {
     private mutating func confirmed(
         tag: UInt64, multiple: Bool, isNack: Bool, _ now: MonotonicTime, _ resumptions: inout Resumptions
     ) -> Bool {
-        let end = firstTag + UInt64(sent.count)
         // Tag 0 with `multiple` means all so far (AMQP 0-9-1, basic.ack).
-        let last = tag == 0 && multiple ? end - 1 : tag
-        guard last < end else { return false }
-        guard last >= firstTag else { return true }
-        let index = Int(last - firstTag)
-        for position in (multiple ? 0 : index)...index {
-            settle(sent[position], isNack: isNack, now, &resumptions)
+        let last = tag == 0 && multiple ? nextTag - 1 : tag
+        guard last < nextTag else { return false }
+        if multiple {
+            for publish in sent {
+                if publish.tag > last { break }
+                settle(publish, isNack: isNack, now, &resumptions)
+            }
+        } else if let publish = written(last) {
+            settle(publish, isNack: isNack, now, &resumptions)
         }
         return true
+    }
+
+    /// The message with a tag; nil if it was settled and is gone.
+    private func written(_ tag: UInt64) -> PendingPublish? {
+        guard let first = sent.first, tag >= first.tag else { return nil }
+        // As long as none between them has gone, the tag tells the place.
+        var high = Int(min(tag - first.tag + 1, UInt64(sent.count)))
+        if sent[high - 1].tag == tag { return sent[high - 1] }
+        var low = 0
+        while low < high {
+            let middle = (low + high) / 2
+            if sent[middle].tag < tag { low = middle + 1 } else { high = middle }
+        }
+        return low < sent.count && sent[low].tag == tag ? sent[low] : nil
     }
 
     private mutating func settle(
@@ -487,9 +523,11 @@ struct PublishWindow {
         }
         let requestID = publish.message?.requestID
         publish.settle()
+        settledCount += 1
         free(publish)
         let share = Self.share(of: publish.destination)
-        shares[share].silentSince = shares[share].messages == 0 ? nil : now
+        shares[share].written -= 1
+        shares[share].silentSince = shares[share].written == 0 ? nil : now
         guard !publish.isAnswered else { return }
         publish.isAnswered = true
         if isNack {
@@ -617,10 +655,9 @@ struct PublishWindow {
     }
 
     /// Whether the channel must be opened again: half of the room is held by messages that the broker does not answer and no
-    /// caller waits for, too much has been answered behind one that is not, or suspects go unanswered.
+    /// caller waits for, or suspects go unanswered.
     func needsReset(now: MonotonicTime) -> Bool {
-        (orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2))
-            || sent.count > 4 * limits.messages || now >= suspectLimit
+        (orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2)) || now >= suspectLimit
     }
 
     /// When suspects have gone unanswered for too long.
@@ -628,7 +665,7 @@ struct PublishWindow {
 
     /// What is written and not confirmed, for longer than it should be; nil if there is no such destination.
     func unconfirmedDestination(now: MonotonicTime) -> String? {
-        if let first = sent.first, let message = first.message,
+        if let first = sent.first(where: { !$0.isSettled }), let message = first.message,
             let silentSince = shares[Self.share(of: first.destination)].silentSince,
             silentSince.advanced(by: Self.silenceLimit) <= now
         {
@@ -681,8 +718,11 @@ struct PublishWindow {
         bodyLimit = nil
     }
 
-    /// Nothing can be written now.
-    mutating func blocked(_ reason: EventsError) { blockedReason = reason }
+    /// Nothing can be written now, and callers wait.
+    mutating func blocked(_ reason: EventsError) {
+        if case .refusing = mode { mode = .open }
+        blockedReason = reason
+    }
 
     /// The end: answers everyone, and refuses all who come later.
     ///
@@ -813,9 +853,9 @@ struct PublishWindow {
             unsent.prepend(publish)
             if !publish.isAnswered { suspects += 1 }
         }
-        (firstTag, orphans, orphanBytes) = (1, 0, 0)
+        (nextTag, settledCount, orphans, orphanBytes) = (1, 0, 0, 0)
         suspectLimit = .distantFuture
-        for index in shares.indices { shares[index].silentSince = nil }
+        for index in shares.indices { (shares[index].written, shares[index].silentSince) = (0, nil) }
         dropAnswered(&resumptions)
         if let blamed {
             isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)

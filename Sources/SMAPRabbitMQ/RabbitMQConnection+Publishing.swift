@@ -79,11 +79,12 @@ extension RabbitMQConnection {
 
     /// The room that a reservation stands for: none, if it is of another transport.
     private func grant(_ reservation: consuming PublishReservation) -> PublishWindow.Grant {
-        let isOurs = reservation.isOwned(by: self)
+        guard reservation.isOwned(by: self) else {
+            // It goes back to the transport that gave it.
+            return PublishWindow.Grant(count: 0, bytes: 0)
+        }
         let (count, bytes, hasWaited) = reservation.use()
-        return isOurs
-            ? PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
-            : PublishWindow.Grant(count: 0, bytes: 0)
+        return PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
     }
 
     private func submitted(_ resumptions: PublishWindow.Resumptions, _ needsWake: Bool, deadline: MonotonicTime) {
@@ -97,14 +98,16 @@ extension RabbitMQConnection {
 
     /// The callers of messages were cancelled.
     func cancel(_ publishes: [PendingPublish]) {
-        resume(
-            window.withLock { window in
-                window.cancel(publishes) { isWritten in
-                    isWritten
-                        ? EventsError(.unknownOutcome, "cancelled before it was confirmed", operation: "publish")
-                        : EventsError(.unsent, "cancelled before it was written", operation: "publish")
-                }
-            })
+        let (resumptions, needsReset) = window.withLock { window in
+            let resumptions = window.cancel(publishes) { isWritten in
+                isWritten
+                    ? EventsError(.unknownOutcome, "cancelled before it was confirmed", operation: "publish")
+                    : EventsError(.unsent, "cancelled before it was written", operation: "publish")
+            }
+            return (resumptions, window.needsReset(now: .now))
+        }
+        resume(resumptions)
+        if needsReset { wake() }
     }
 
     /// Hands results to those who wait for them.

@@ -40,7 +40,12 @@ extension RabbitMQConnection {
             shared.openedAt = .now
             return shared.hasOpened
         }
-        // Messages wait for the channel, which tells the window.
+        // Messages wait for the channel, which tells the window; also where the server refused us before.
+        window.withLock {
+            $0.blocked(
+                EventsError(
+                    .connectionFailed, "the channel for publishing is being opened", operation: "connect"))
+        }
         if isRecovery { recoveries.increment() }
         logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
         change(to: .open)
@@ -97,12 +102,12 @@ extension RabbitMQConnection {
                 // The broker has done so by itself.
                 forget(request)
                 request.succeed(.done)
-            case .consume:
-                forget(request)
-                request.fail(error.isRetriable ? error.code : .connectionLost, error.message)
             case _ where request === blamed:
                 forget(request)
                 request.fail(error.code, error.message)
+            case .consume:
+                forget(request)
+                request.fail(error.isRetriable ? error.code : .connectionLost, error.message)
             default:
                 // Declarations can be repeated. There is room: the requests are as bounded as the mailbox.
                 if mailbox.post(request) == .closed { request.fail(.closed, "the transport was closed") }
@@ -168,19 +173,37 @@ extension RabbitMQConnection {
 
     /// All of it has been answered.
     func restored() {
-        shared.withLock { $0.isRestoring = false }
+        shared.withLock { shared in
+            shared.isRestoring = false
+            shared.restorationFailures = 0
+        }
         window.withLock { $0.connected() }
     }
 
-    /// The broker has refused to declare something again. It is not tried another time.
-    func restorationRefused(_ operation: BrokerRequest.Operation, _ error: any Error) {
-        topology.remove(operation)
-        let reason =
-            (error as? EventsError)?.message
-            ?? "\(AMQPFailure.error(from: error, server: "", connecting: false).message)"
+    /// The broker has refused to declare something again. True if it is to be tried on another connection: a cluster that
+    /// is being formed refuses what it takes a moment later. What it will always refuse is dropped, and so is what fails
+    /// again and again, since it would hold up all else.
+    func retriesRestoration(of operation: BrokerRequest.Operation, after error: any Error) -> Bool {
+        let error = AMQPFailure.error(from: error, server: "", connecting: false)
+        let isFinal =
+            switch (error.code, operation) {
+            case (.accessRefused, _), (.topologyConflict, _), (.protocolViolation, _): true
+            // Its queue or exchange is not there: it was dropped before.
+            case (.notFound, .bind): true
+            default: false
+            }
+        let failures = shared.withLock { shared in
+            shared.restorationFailures += 1
+            return shared.restorationFailures
+        }
+        let isRetried = !isFinal && failures < Self.restorationLimit
+        if !isRetried { topology.remove(operation) }
         logger.warning(
-            "a declaration was refused after a reconnect and is dropped",
-            metadata: ["declaration": "\(operation)", "reason": "\(reason)"])
+            isRetried
+                ? "a declaration failed after a reconnect and is tried again"
+                : "a declaration was refused after a reconnect and is dropped",
+            metadata: ["declaration": "\(operation)", "reason": "\(error.message)"])
+        return isRetried
     }
 
     /// The channel for declarations can be used.

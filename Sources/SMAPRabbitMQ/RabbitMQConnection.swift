@@ -38,12 +38,16 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         var topologyProblem: EventsError?
         /// Whether what was declared before a loss is being declared again.
         var isRestoring = false
+        /// How many declarations have failed since the topology was last declared again.
+        var restorationFailures = 0
         /// Why replies cannot be consumed, and until when that is not tried again.
         var repliesProblem: (error: EventsError, until: ContinuousClock.Instant)?
     }
 
     /// So many requests, and callers that wait for the connection to make one, at a time.
     static let requestLimit = 1024
+    /// After so many failures a declaration is not tried again on yet another connection.
+    static let restorationLimit = 5
 
     let configuration: RabbitMQConfiguration
     let name: String

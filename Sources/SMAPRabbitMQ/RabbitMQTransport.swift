@@ -104,7 +104,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         return slot
     }
 
-    private var publishConnection: RabbitMQConnection {
+    var publishConnection: RabbitMQConnection {
         get throws { try connection(publishing, name: "publish", isForPublishing: true) }
     }
 

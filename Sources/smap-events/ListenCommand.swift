@@ -77,24 +77,20 @@ struct ListenCommand: AsyncParsableCommand {
             configuration: ServiceGroupConfiguration(
                 services: [.init(service: subscriber)], gracefulShutdownSignals: [.sigint, .sigterm],
                 logger: .silent))
-        try await withThrowingTaskGroup(of: Void.self) { tasks in
-            tasks.addTask { try await group.run() }
+        try await withThrowingDiscardingTaskGroup { tasks in
             tasks.addTask {
                 for await _ in done { break }
                 await group.triggerGracefulShutdown()
             }
             if let timeout {
                 tasks.addTask {
-                    try await Task.sleep(for: seconds(timeout))
+                    try? await Task.sleep(for: seconds(timeout))
                     await group.triggerGracefulShutdown()
                 }
             }
             defer { tasks.cancelAll() }
-            try await tasks.next()
-            // Whatever ended first, the group is what ends last.
-            finish.finish()
-            await group.triggerGracefulShutdown()
-            tasks.cancelAll()
+            // It is never cancelled: what was printed would not be acknowledged, and be printed again by the next one.
+            try await group.run()
         }
         return printed.value.load(ordering: .relaxed)
     }

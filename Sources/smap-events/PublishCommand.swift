@@ -133,25 +133,36 @@ struct PublishCommand: AsyncParsableCommand {
             }
         }
         defer { watcher.cancel() }
-        try await withThrowingTaskGroup(of: (lines: Int, areConfirmed: Bool).self) { group in
-            var running = 0
+        var failure: (any Error)?
+        try await withThrowingTaskGroup(of: (lines: Int, bytes: Int, areConfirmed: Bool).self) { group in
+            var running = (lines: 0, bytes: 0)
             func finishOne() async throws {
-                guard let (lines, areConfirmed) = try await group.next() else { return }
-                running -= lines
-                if !areConfirmed { isComplete = false }
+                guard let done = try await group.next() else { return }
+                running.lines -= done.lines
+                running.bytes -= done.bytes
+                if !done.areConfirmed { isComplete = false }
             }
-            // What has arrived goes out together; it never waits for more.
-            for try await lines in StandardInputLines(isInterrupted: isInterrupted) {
-                let lines = lines.filter { !$0.line.allSatisfy { $0 == 0x20 || $0 == 0x09 || $0 == 0x0D } }
-                guard !lines.isEmpty else { continue }
-                while running >= 2 * StandardInputLines.limit { try await finishOne() }
-                running += lines.count
-                group.addTask { [obstacle] in
-                    (lines.count, try await report(lines, publisher, obstacle))
+            do {
+                // What has arrived goes out together; it never waits for more.
+                for try await lines in StandardInputLines(isInterrupted: isInterrupted) {
+                    for (lines, events) in try parse(lines, isComplete: &isComplete) {
+                        while running.lines >= 2 * StandardInputLines.limit
+                            || running.bytes >= StandardInputLines.sizeLimit
+                        { try await finishOne() }
+                        running.lines += events.count
+                        running.bytes += lines
+                        group.addTask { [obstacle] in
+                            (events.count, lines, try await report(events, publisher, obstacle))
+                        }
+                    }
                 }
+            } catch {
+                // What is under way ends first: it may have been published.
+                failure = error
             }
-            while running > 0 { try await finishOne() }
+            while running.lines > 0 { try await finishOne() }
         }
+        if let failure { throw failure }
         return isComplete && !isInterrupted.value.load(ordering: .acquiring)
     }
 
@@ -174,23 +185,46 @@ struct PublishCommand: AsyncParsableCommand {
         }
     }
 
-    /// Publishes the events of some lines, and reports each. True if all were confirmed.
-    private func report(
-        _ lines: [StandardInputLines.Line], _ publisher: any EventPublishing, _ obstacle: EventsError?
-    ) async throws -> Bool {
-        var events: [(number: Int, event: UntypedEvent, id: EventID)] = []
-        var areConfirmed = true
+    private typealias NumberedEvent = (number: Int, event: UntypedEvent, id: EventID)
+
+    /// The events of some lines, and how many bytes those have; together are those of one key, so that a queue that does
+    /// not confirm holds back no report of others. What is no event is reported at once.
+    private func parse(
+        _ lines: [StandardInputLines.Line], isComplete: inout Bool
+    ) throws -> [(bytes: Int, events: [NumberedEvent])] {
+        var groups: [(bytes: Int, events: [NumberedEvent])] = []
+        var indices: [RoutingKey: Int] = [:]
         for (number, line) in lines {
             do {
+                guard let line else {
+                    throw EventsError(
+                        .eventTooLarge, "the line has more than \(StandardInputLines.sizeLimit >> 20) MiB",
+                        operation: "read events")
+                }
+                guard !line.allSatisfy({ $0 == 0x20 || $0 == 0x09 || $0 == 0x0D }) else { continue }
                 var event = try UntypedEvent(parsing: line)
                 let id = event.eventID ?? EventID()
                 event.eventID = id
-                events.append((number, event, id))
+                let index = indices[event.routingKey] ?? groups.count
+                if index == groups.count {
+                    groups.append((0, []))
+                    indices[event.routingKey] = index
+                }
+                groups[index].bytes += line.count
+                groups[index].events.append((number, event, id))
             } catch {
-                areConfirmed = false
+                isComplete = false
                 try show(Report(outcome: .rejected, error: Self.text(of: error), line: number))
             }
         }
+        return groups
+    }
+
+    /// Publishes some events, and reports each. True if all were confirmed.
+    private func report(
+        _ events: [NumberedEvent], _ publisher: any EventPublishing, _ obstacle: EventsError?
+    ) async throws -> Bool {
+        var areConfirmed = true
         let results: [Result<PublishReceipt, EventsError>]
         if let obstacle {
             results = Array(repeating: .failure(obstacle), count: events.count)
@@ -233,50 +267,61 @@ struct PublishCommand: AsyncParsableCommand {
 /// The lines of standard input with their numbers, from 1; those that have arrived together. Read on a thread that may
 /// block, one block ahead: a slow consumer holds back the writer, not memory.
 private struct StandardInputLines: AsyncSequence {
-    typealias Line = (number: Int, line: [UInt8])
+    /// The line is nil if it is too long to be kept.
+    typealias Line = (number: Int, line: [UInt8]?)
     typealias Element = [Line]
 
     /// So many lines are handed out at most.
     static let limit = 500
+    /// So many bytes of a line are kept at most.
+    static let sizeLimit = 16 << 20
 
     struct Iterator: AsyncIteratorProtocol {
         private var buffer: [UInt8] = []
         private var start = 0
+        /// Before it there is no line's end.
+        private var searched = 0
         private var number = 0
         private var isAtEnd = false
+        /// Whether the line that is being read is too long.
+        private var isSkipping = false
         private let isInterrupted: Interruption
 
         init(isInterrupted: Interruption) { self.isInterrupted = isInterrupted }
 
         mutating func next() async throws -> Element? {
-            while true {
+            // Half a line is no line, and whole ones that were not handed out have not been touched.
+            while !isInterrupted.value.load(ordering: .acquiring) {
                 var lines: [Line] = []
-                while lines.count < StandardInputLines.limit, let end = buffer[start...].firstIndex(of: 0x0A) {
+                while lines.count < StandardInputLines.limit, let end = buffer[searched...].firstIndex(of: 0x0A) {
                     number += 1
-                    lines.append((number, Array(buffer[start..<end])))
+                    lines.append((number, isSkipping ? nil : Array(buffer[start..<end])))
+                    isSkipping = false
                     start = end + 1
+                    searched = start
                 }
                 if !lines.isEmpty { return lines }
                 if isAtEnd {
-                    guard start < buffer.count else { return nil }
-                    defer { start = buffer.count }
+                    guard start < buffer.count || isSkipping else { return nil }
+                    defer { (start, isSkipping) = (buffer.count, false) }
                     number += 1
-                    return [(number, Array(buffer[start...]))]
+                    return [(number, isSkipping ? nil : Array(buffer[start...]))]
                 }
                 buffer.removeFirst(start)
-                start = 0
-                let block = await Self.block(isInterrupted)
+                (start, searched) = (0, buffer.count)
+                if buffer.count > StandardInputLines.sizeLimit || isSkipping {
+                    isSkipping = true
+                    (buffer, searched) = ([], 0)
+                }
+                let block = try await Self.block(isInterrupted)
                 isAtEnd = block.isEmpty
                 buffer += block
-                guard buffer.count <= 16 << 20 else {
-                    throw EventsError(
-                        .eventTooLarge, "line \(number + 1) has more than 16 MiB", operation: "read events")
-                }
             }
+            return nil
         }
 
-        private static func block(_ isInterrupted: Interruption) async -> [UInt8] {
-            await withCheckedContinuation { continuation in
+        private static func block(_ isInterrupted: Interruption) async throws -> [UInt8] {
+            try await withCheckedThrowingContinuation { continuation in
                 DispatchQueue.global().async {
                     var bytes = [UInt8](repeating: 0, count: 64 * 1024)
                     var count = 0
@@ -287,7 +332,14 @@ private struct StandardInputLines: AsyncSequence {
                         return continuation.resume(returning: [])
                     }
                     repeat { count = read(STDIN_FILENO, &bytes, bytes.count) } while count < 0 && errno == EINTR
-                    continuation.resume(returning: Array(bytes.prefix(Swift.max(0, count))))
+                    guard count >= 0 else {
+                        return continuation.resume(
+                            throwing: EventsError(
+                                .invalidConfiguration,
+                                "standard input cannot be read: \(String(cString: strerror(errno)))",
+                                operation: "read events"))
+                    }
+                    continuation.resume(returning: Array(bytes.prefix(count)))
                 }
             }
         }

@@ -67,6 +67,71 @@ import Testing
         #expect(try String(contentsOfFile: output, encoding: .utf8).split(separator: "\n").count == 1)
     }
 
+    @Test func `half a line is not published when a signal ends the reading`() async throws {
+        let folder = FileManager.default.temporaryDirectory.appending(path: "smap-cli-\(EventID())")
+        try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+        defer { try? FileManager.default.removeItem(at: folder) }
+        let processFile = folder.appending(path: "pid").path
+        let output = folder.appending(path: "reports").path
+        let script = """
+            mkfifo "$1/lines"; exec 9<>"$1/lines"
+            printf '{"routing_key":"nobody.listens","data":{}}\\n{"routing_key":"nobo' >&9
+            exec "$0" publish --stdin <"$1/lines" >"$1/reports"
+            """
+        let environment = try await SharedStack.current.environment
+        async let run = Program.run(
+            "sh", ["-c", script, try Program.command, folder.path], environment: environment, processFile: processFile)
+        try await eventually("the event is reported") {
+            (try? String(contentsOfFile: output, encoding: .utf8).contains("returned")) == true
+        }
+        try Program.signal(SIGTERM, processFile: processFile)
+        let result = try await run
+        #expect(result.status == 1)
+        let reports = try String(contentsOfFile: output, encoding: .utf8)
+        #expect(reports.split(separator: "\n").count == 1, "\(reports)")
+    }
+
+    @Test func `a line that is far too long is rejected by itself, and an input that cannot be read is an error`()
+        async throws
+    {
+        let environment = try await SharedStack.current.environment
+        let line = #"{"routing_key":"nobody.listens","data":{}}"#
+        let input = line + "\n" + String(repeating: "x", count: 17 << 20) + "\n" + line
+        let result = try await Program.events(["publish", "--stdin"], input: input, environment: environment)
+        #expect(result.status == 1)
+        let outcomes = result.lines.compactMap { $0["outcome"] as? String }.sorted()
+        #expect(outcomes == ["rejected", "returned", "returned"])
+        let rejected = result.lines.first { $0["outcome"] as? String == "rejected" }
+        #expect(rejected?["line"] as? Int == 2)
+        #expect((rejected?["error"] as? String)?.contains("16 MiB") == true)
+        let directory = try await Program.run(
+            "sh", ["-c", #"exec "$0" publish --stdin </"#, try Program.command], environment: environment)
+        #expect(directory.status == 1)
+        #expect(directory.error.contains("standard input cannot be read: Is a directory"), "\(directory.error)")
+    }
+
+    @Test func `what listen has printed is acknowledged when it ends`() async throws {
+        let environment = try await SharedStack.current.environment
+        let queue = try QueueName("cli.acked.\(EventID().rawValue.suffix(12))")
+        let transport = try await SharedStack.transport()
+        let deadline = ContinuousClock.now + .seconds(60)
+        try await EventSubscription(queue: queue, bindings: [try TopicPattern("no.thing")]).topology.apply(
+            to: transport)
+        for _ in 0..<8 {
+            #expect(
+                try await transport.publish(
+                    OutboundMessage(
+                        exchange: "", routingKey: queue.rawValue, properties: MessageProperties(messageID: "evt_1"),
+                        body: Array(#"{"event_id":"evt_1","timestamp":"2025-12-05T10:30:45Z","payload":{}}"#.utf8)),
+                    deadline: deadline))
+            let heard = try await Program.events(
+                ["listen", "--queue", queue.rawValue, "--bind", "no.thing", "--count", "1", "--timeout", "60"],
+                environment: environment)
+            #expect(heard.lines.map { $0["redelivered"] as? Bool } == [false], "\(heard.error)")
+        }
+        await transport.close()
+    }
+
     @Test func `listening for more than comes ends with exit code 1`() async throws {
         let result = try await Program.events(
             ["listen", "--queue", "cli.silent", "--bind", "silent.#", "--count", "1", "--timeout", "0.2"],

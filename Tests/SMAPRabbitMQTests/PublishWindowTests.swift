@@ -298,6 +298,17 @@ private final class Bench {
         #expect(try bench.reserve() != nil)
     }
 
+    @Test func `after a refusal callers wait as soon as the server is away, or has let us in`() throws {
+        let bench = Bench()
+        bench.step { $0.refuse(EventsError(.accessRefused, "no", operation: "test")) }
+        bench.look { $0.blocked(EventsError(.connectionFailed, "away", operation: "test")) }
+        let due = MonotonicTime.now.advanced(by: .seconds(10))
+        try bench.submit(1, deadline: due)
+        bench.step { $0.expire(now: due) }
+        #expect(bench.results == [1: "unsent unsent"])
+        #expect(bench.errors[1]?.message == "not written by the deadline: away")
+    }
+
     // MARK: Refusals
 
     @Test func `a closed channel fails the message that the broker names, and the others are written again`() throws {
@@ -460,23 +471,22 @@ private final class Bench {
         let bench = Bench(messages: 100, bytes: 1 << 20)
         try bench.submit(1, key: "stuck.a")
         bench.write()
-        var tag: UInt64 = 1
-        var resets = 0
         for id in 2...5_000 {
             try bench.submit(id, size: 1_000)
-            #expect(bench.write().count >= 1)
-            tag += 1
-            #expect(bench.confirm(tag))
-            if bench.needsReset {
-                resets += 1
-                bench.reset()
-                tag = 1
-                #expect(bench.write() == [1], "its caller still waits")
-            }
-            #expect(bench.look { $0.sentCount } <= 402)
+            #expect(bench.write() == [id])
+            #expect(bench.look { $0.sentCount } == 2)
+            #expect(bench.confirm(UInt64(id)))
+            #expect(!bench.needsReset, "its caller still waits")
+            #expect(bench.look { $0.sentPlaces } <= 67)
+            #expect(bench.look { $0.needsWake && $0.patience == nil }, "so few are in flight")
         }
-        #expect(resets > 5)
         #expect(bench.results.values.allSatisfy { $0 == "confirmed" } && bench.results.count == 4_999)
+        // Late and repeated confirms of those that are gone change nothing.
+        #expect(bench.confirm(2_500))
+        #expect(bench.confirm(1))
+        #expect(bench.results[1] == "confirmed")
+        #expect(!bench.confirm(5_001), "never sent")
+        #expect(bench.look { $0.count } == 0)
     }
 
     @Test func `deadlines end callers, and room is given back only by the broker`() throws {
@@ -637,6 +647,38 @@ private final class Bench {
         bench.release(grant)
         #expect(bench.granted.keys.sorted() == [2])
         #expect(bench.look { $0.count } == 1)
+    }
+
+    @Test func `a list gets no more than there is room for, and leaves what is in spare`() throws {
+        let bench = Bench(messages: 100, bytes: 10_000)
+        for id in 1...98 { try bench.submit(id, key: "stuck.a") }
+        let grant = try #require(try bench.reserve(key: "stuck.a", count: 50, bytes: 500))
+        #expect(grant.count == 2)
+        #expect(try bench.reserve(key: "stuck.a", count: 50, bytes: 500) == nil)
+        let spare = try #require(try bench.reserve(key: "healthy.a", count: 50, bytes: 500))
+        #expect(spare.count == 6)
+        let large = Bench(messages: 100, bytes: 10_000)
+        try large.submit(1, size: 9_000)
+        let rest = try #require(try large.reserve(count: 50, bytes: 50_000))
+        #expect(rest.count == 1, "one may be over the limit")
+        let other = try #require(try large.reserve(key: "healthy.a", count: 4, bytes: 1_000))
+        #expect(other.bytes <= 10_000 / 16)
+    }
+
+    @Test func `a destination is silent only as long as something of it is on the wire`() throws {
+        let bench = Bench(messages: 16)
+        try bench.submit(1, key: "a.a")
+        bench.write()
+        try bench.submit(2, key: "a.a")
+        #expect(bench.confirm(1))
+        bench.cancel(2)
+        // Minutes later it has room in spare, and is not called silent.
+        bench.now = bench.now.advanced(by: .seconds(300))
+        for id in 3...18 { try bench.submit(id, key: "stuck.a") }
+        try bench.submit(19, key: "a.a")
+        bench.write()
+        let now = bench.now
+        #expect(bench.look { $0.unconfirmedDestination(now: now) } == nil)
     }
 
     @Test func `a list gets room for half of the window at most`() throws {

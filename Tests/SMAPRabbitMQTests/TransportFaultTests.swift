@@ -799,6 +799,63 @@ import Waiting
 
     // MARK: Requests to the broker
 
+    @Test(arguments: ["connection", "channel", "home node"])
+    func `a declaration that fails while a cluster is formed is repeated until it succeeds`(_ kind: String) async throws
+    {
+        let refusals = Mutex(0)
+        try await withTransport { received, connection in
+            guard case .declareQueue("kept", false) = received.kind, refusals.withLock({ $0 }) > 0 else { return false }
+            refusals.withLock { $0 -= 1 }
+            switch kind {
+            case "connection":
+                connection.closeConnection(code: 541, text: "INTERNAL_ERROR", classID: 50, methodID: 10)
+            case "channel":
+                connection.closeChannel(
+                    received.channel, code: 541, text: "INTERNAL_ERROR", classID: 50, methodID: 10)
+            default:
+                connection.closeChannel(
+                    received.channel, code: 404,
+                    text: "NOT_FOUND - home node 'rabbit@b' of durable queue 'kept' is down",
+                    classID: 50, methodID: 10)
+            }
+            return true
+        } body: { transport, broker in
+            try await transport.declare(QueueDeclaration("kept"), deadline: soon())
+            try await transport.bind("kept", to: "x", routingKey: "a.b", deadline: soon())
+            #expect(await isConfirmed(over: transport))
+            refusals.withLock { $0 = 2 }
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 4)
+            let last = broker.received.filter { $0.connection == 4 }
+            #expect(last.contains { if case .declareQueue("kept", false) = $0.kind { true } else { false } })
+            #expect(last.contains { if case .bind = $0.kind { true } else { false } })
+            // What never succeeds does not hold up everything for ever.
+            refusals.withLock { $0 = .max }
+            broker.connections[3].drop()
+            #expect(await isConfirmed(over: transport))
+        }
+    }
+
+    @Test func `a reservation of another transport goes back to it`() async throws {
+        try await withTransport { _, _ in
+            false
+        } body: { one, _ in
+            try await withTransport { _, _ in
+                false
+            } body: { other, _ in
+                let destination = PublishDestination(exchange: "x", routingKey: "a.b")
+                let connection = try one.publishConnection
+                #expect(await isConfirmed(over: one))
+                let reservation = try await one.reserve(10, bytes: 1_000, for: destination, deadline: soon())
+                #expect(connection.window.withLock { $0.count } == 10)
+                let isRouted = try await other.publish(message(), using: reservation, deadline: soon())
+                #expect(isRouted)
+                #expect(connection.window.withLock { $0.count == 0 && $0.byteCount == 0 })
+            }
+        }
+    }
+
     @Test func `declarations are repeated together after a loss, and what is only compared is not repeated`()
         async throws
     {

@@ -256,7 +256,7 @@ public final class EventPublisher: EventPublishing {
                     count - first, bytes: template.expectedSize * (count - first), for: template.destination,
                     deadline: deadline)
                 results += await publish(
-                    first..<min(count, first + reservation.count), using: reservation, start, deadline, options,
+                    first..<min(count, first + max(1, reservation.count)), using: reservation, start, deadline, options,
                     identity: identity, making: message)
             } catch {
                 // Of these nothing was written.
