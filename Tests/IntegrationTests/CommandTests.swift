@@ -115,7 +115,7 @@ import Testing
         let queue = try QueueName("cli.acked.\(EventID().rawValue.suffix(12))")
         let transport = try await SharedStack.transport()
         let deadline = ContinuousClock.now + .seconds(60)
-        try await EventSubscription(queue: queue, bindings: [try TopicPattern("no.thing")]).topology.apply(
+        try await EventSubscription(queue: queue, bindings: [TopicPattern("no.thing")]).topology.apply(
             to: transport)
         for _ in 0..<8 {
             #expect(
