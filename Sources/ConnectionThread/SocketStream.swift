@@ -140,7 +140,19 @@ package final class SocketStream {
         switch transfer {
         case .bytes(let count): return count
         case .wouldBlock: return nil
-        case .closed(let reason): throw SocketError(.lost, reason)
+        case .closed(let reason):
+            try readAlert()
+            throw SocketError(.lost, reason)
+        }
+    }
+
+    /// Throws what the server has said before it closed the connection: that it wants a certificate is a TLS alert, which
+    /// has come although nothing can be sent any more.
+    private func readAlert() throws {
+        guard let tls else { return }
+        while case .bytes(let count) = input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
+            try input.withUnsafeBytes { try tls.received(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
+            try tls.decrypt { _ in }
         }
     }
 

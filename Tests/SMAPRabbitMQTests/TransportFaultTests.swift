@@ -68,10 +68,12 @@ import Waiting
     private func publish(
         _ messages: [OutboundMessage], over transport: RabbitMQTransport, deadline: Double = 20
     ) async -> [String] {
-        await withTaskGroup(of: (Int, String).self) { group in
+        // The same for all, however late their tasks begin.
+        let limit = soon(deadline)
+        return await withTaskGroup(of: (Int, String).self) { group in
             for (index, message) in messages.enumerated() {
                 group.addTask {
-                    (index, await end { try await transport.publish(message, deadline: soon(deadline)) })
+                    (index, await end { try await transport.publish(message, deadline: limit) })
                 }
             }
             return await group.reduce(into: Array(repeating: "", count: messages.count)) { $0[$1.0] = $1.1 }
