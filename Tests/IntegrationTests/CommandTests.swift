@@ -41,8 +41,13 @@ import Testing
         #expect(heard.lines.allSatisfy { ids.contains($0["event_id"] as? String ?? "") })
     }
 
-    @Test func `an event is reported before the next line is read, and SIGTERM ends the reading in order`() async throws
-    {
+    @Test(arguments: [
+        ("a whole line", #"{"routing_key":"nobody.listens","data":{}}\n"#),
+        ("and half a line", #"{"routing_key":"nobody.listens","data":{}}\n{"routing_key":"nobo"#),
+    ])
+    func `an event is reported before the next line is read, and SIGTERM ends the reading in order`(
+        _ name: String, input: String
+    ) async throws {
         let folder = FileManager.default.temporaryDirectory.appending(path: "smap-cli-\(EventID())")
         try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         defer { try? FileManager.default.removeItem(at: folder) }
@@ -51,7 +56,7 @@ import Testing
         // Keeps the standard input open for as long as the command runs.
         let script = """
             mkfifo "$1/lines"; exec 9<>"$1/lines"
-            echo '{"routing_key":"nobody.listens","data":{}}' >&9
+            printf '\(input)' >&9
             exec "$0" publish --stdin <"$1/lines" >"$1/reports"
             """
         let environment = try await SharedStack.current.environment
@@ -64,31 +69,9 @@ import Testing
         let result = try await run
         #expect(result.status == 1)
         #expect(result.error.contains("interrupted"))
-        #expect(try String(contentsOfFile: output, encoding: .utf8).split(separator: "\n").count == 1)
-    }
-
-    @Test func `half a line is not published when a signal ends the reading`() async throws {
-        let folder = FileManager.default.temporaryDirectory.appending(path: "smap-cli-\(EventID())")
-        try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(at: folder) }
-        let processFile = folder.appending(path: "pid").path
-        let output = folder.appending(path: "reports").path
-        let script = """
-            mkfifo "$1/lines"; exec 9<>"$1/lines"
-            printf '{"routing_key":"nobody.listens","data":{}}\\n{"routing_key":"nobo' >&9
-            exec "$0" publish --stdin <"$1/lines" >"$1/reports"
-            """
-        let environment = try await SharedStack.current.environment
-        async let run = Program.run(
-            "sh", ["-c", script, try Program.command, folder.path], environment: environment, processFile: processFile)
-        try await eventually("the event is reported") {
-            (try? String(contentsOfFile: output, encoding: .utf8).contains("returned")) == true
-        }
-        try Program.signal(SIGTERM, processFile: processFile)
-        let result = try await run
-        #expect(result.status == 1)
+        // Half a line is not published.
         let reports = try String(contentsOfFile: output, encoding: .utf8)
-        #expect(reports.split(separator: "\n").count == 1, "\(reports)")
+        #expect(reports.split(separator: "\n").count == 1, "\(name): \(reports)")
     }
 
     @Test func `a line that is far too long is rejected by itself, and an input that cannot be read is an error`()

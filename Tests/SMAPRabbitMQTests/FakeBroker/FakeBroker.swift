@@ -57,7 +57,7 @@ final class FakeBroker: Sendable {
             case heartbeat
             /// Any other method; 0 and 0 for frames that are broken or out of place.
             case other(classID: UInt16, methodID: UInt16)
-            /// The connection's end, whoever brought it about.
+            /// The connection's end, whichever side ended it.
             case disconnected
         }
 
@@ -143,7 +143,7 @@ final class FakeBroker: Sendable {
 extension FakeBroker {
     /// Everything received so far, in order, across connections.
     ///
-    /// A thing shows up only after `react` and the default reaction, so whoever sees it here can count on the answer
+    /// A thing shows up only after `react` and the default reaction, so a test that sees it here can count on the answer
     /// being on its way before anything sent from now on.
     var received: [Received] { state.withLock { $0.received } }
 
