@@ -17,10 +17,7 @@ extension AMQPDriver {
             default:
                 let step = try step(for: request.operation, .request(request))
                 guard step.frame.count <= limits.frameLimit else {
-                    connection.forget(request)
-                    return request.fail(
-                        .invalidConfiguration,
-                        "it has \(step.frame.count) bytes, and the broker takes \(limits.frameLimit) (frame_max)")
+                    return answer(request, .failure(tooLarge(step)))
                 }
                 topology.enqueue(step)
                 if case .closed = topology.state { try open(topology) }
@@ -31,6 +28,13 @@ extension AMQPDriver {
             request.fail(
                 .invalidConfiguration, AMQPFailure.error(from: failure, server: "", connecting: false).message)
         }
+    }
+
+    func tooLarge(_ step: AMQPChannel.Step) -> EventsError {
+        EventsError(
+            .invalidConfiguration,
+            "it has \(step.frame.count) bytes, and the broker takes \(limits.frameLimit) (frame_max)",
+            operation: "declare")
     }
 
     /// The method of a declaration on the topology channel.
@@ -100,6 +104,7 @@ extension AMQPDriver {
             if channel === topology { connection.topologyOpened() }
         case .prefetchSet: break
         case .restored(let operation):
+            channel.failures = 0
             restoring -= 1
             restoreLimit = answerLimit
             if case .failure(let error) = result, connection.retriesRestoration(of: operation, after: error) {
@@ -125,6 +130,7 @@ extension AMQPDriver {
                 for request in requests { answer(request, .failure(error)) }
             }
         case .request(let request):
+            channel.failures = 0
             try complete(request, on: channel, result)
         }
     }

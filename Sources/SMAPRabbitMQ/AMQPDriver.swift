@@ -117,11 +117,21 @@ final class AMQPDriver: ConnectionDriver {
     /// Declares again what was declared on the connections before this one, without waiting in between.
     private func restoreTopology() throws {
         let operations = connection.topology.operations
-        restoring = operations.count
+        var steps: [AMQPChannel.Step] = []
+        for operation in operations {
+            let step = try step(for: operation, .restored(operation))
+            if step.frame.count <= limits.frameLimit {
+                steps.append(step)
+            } else {
+                // This node takes smaller frames than the one before: the broker would end the connection each time.
+                _ = connection.retriesRestoration(of: operation, after: tooLarge(step))
+            }
+        }
+        restoring = steps.count
         restoreLimit = answerLimit
         guard restoring > 0 else { return }
         connection.restoring(restoring)
-        for operation in operations { topology.enqueue(try step(for: operation, .restored(operation))) }
+        for step in steps { topology.enqueue(step) }
         try open(topology)
     }
 

@@ -25,7 +25,7 @@ struct PublishWindow {
     /// What is to be done outside the lock.
     struct Resumptions {
         var publishes: [(PendingPublish, Result<Bool, EventsError>)] = []
-        var reservations: [(Waiter<Grant>, Result<Grant, EventsError>)] = []
+        var reservations: [(Waiter<PublishGrant>, Result<PublishGrant, EventsError>)] = []
         var drained: [Waiter<Void>] = []
         /// The correlation ids of requests that are in a queue now.
         var requests: [String] = []
@@ -37,30 +37,6 @@ struct PublishWindow {
             reservations += other.reservations
             drained += other.drained
             requests += other.requests
-        }
-    }
-
-    /// Room that was given to a caller.
-    struct Grant: Sendable {
-        var count: Int
-        var bytes: Int
-        /// Whether the caller had to wait for it.
-        var hasWaited = false
-    }
-
-    /// A caller that waits for room.
-    final class Reservation: @unchecked Sendable {
-        let waiter = Waiter<Grant>()
-        let wanted: Grant
-        let destination: UInt64
-        let deadline: MonotonicTime
-        /// Sound: read and written under the window's lock only.
-        fileprivate var isGone = false
-
-        init(_ wanted: Grant, destination: UInt64, deadline: MonotonicTime) {
-            self.wanted = wanted
-            self.destination = destination
-            self.deadline = deadline
         }
     }
 
@@ -87,9 +63,6 @@ struct PublishWindow {
     private static let silenceLimit = Duration.seconds(5)
     /// How long suspects may go unanswered: one of them may go where nothing is confirmed.
     private static let suspectPatience = Duration.seconds(2)
-    /// So many refused destinations are remembered.
-    private static let refusalLimit = 64
-    private static let refusalBackoff = Backoff(first: .milliseconds(100), longest: .seconds(5))
 
     private let limits: Limits
     private var mode = Mode.open
@@ -99,11 +72,7 @@ struct PublishWindow {
     /// Reservations that were waited for and are not used yet.
     private var encoding = 0
 
-    private var waiting: [Deque<Reservation>] = Array(repeating: [], count: shareCount)
-    /// The destinations that have callers waiting, in the order of their turns.
-    private var turns: Deque<Int> = []
-    private(set) var waitingCount = 0
-    private var goneCount = 0
+    private var waiting = ReservationQueue(shares: shareCount)
 
     /// To be written, in order.
     private var unsent: Deque<PendingPublish> = []
@@ -133,20 +102,7 @@ struct PublishWindow {
     /// Until when those that were written must be answered.
     private var suspectLimit = MonotonicTime.distantFuture
 
-    /// A destination that the broker has refused a moment ago.
-    private struct Refusal {
-        let exchange: String
-        /// Nil for all keys.
-        let routingKey: String?
-        var error: EventsError
-        var until: MonotonicTime
-        var count: Int
-    }
-
-    /// Each message to such a destination would close the channel for all others: for a while they are refused here.
-    private var refusals: [Refusal] = []
-    /// The largest body that the broker takes, if it has said so.
-    private var bodyLimit: Int?
+    private var refusals = PublishRefusals()
     private var draining: [Waiter<Void>] = []
     /// Why nothing is being written now, for those whose deadline passes meanwhile.
     private(set) var blockedReason: EventsError?
@@ -163,6 +119,8 @@ struct PublishWindow {
 
     // MARK: Room
 
+    /// How many callers wait for room.
+    var waitingCount: Int { waiting.count }
     /// How many messages are in the window, reservations included.
     var count: Int { messages }
     /// How many bytes are in the window, reservations included.
@@ -170,14 +128,14 @@ struct PublishWindow {
     var hasUnsent: Bool { !unsent.isEmpty }
 
     /// The largest part of a list that is published in one go: half of the window.
-    private func part(of wanted: Grant) -> Grant {
+    private func part(of wanted: PublishGrant) -> PublishGrant {
         let each = max(1, wanted.bytes / max(1, wanted.count))
         let count = max(1, min(wanted.count, limits.messages / 2, limits.bytes / 2 / each))
-        return Grant(count: count, bytes: count * each)
+        return PublishGrant(count: count, bytes: count * each)
     }
 
     /// What a caller gets, for whom there is room.
-    private func grant(_ wanted: Grant, _ share: Int) -> Grant {
+    private func grant(_ wanted: PublishGrant, _ share: Int) -> PublishGrant {
         let part = part(of: wanted)
         guard part.count > 1 else { return part }
         // No more than there is room for; and of what is in spare no more than one destination may have.
@@ -190,7 +148,7 @@ struct PublishWindow {
             )
         let each = max(1, part.bytes / part.count)
         let count = max(1, min(part.count, room.messages, room.bytes / each))
-        return Grant(count: count, bytes: part.bytes / part.count * count)
+        return PublishGrant(count: count, bytes: part.bytes / part.count * count)
     }
 
     /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
@@ -210,13 +168,13 @@ struct PublishWindow {
 
     /// Takes room for messages, if there is some and no caller has waited longer for it. For a list it may be less than
     /// wanted.
-    mutating func reserve(_ wanted: Grant, for destination: UInt64) throws -> Grant? {
+    mutating func reserve(_ wanted: PublishGrant, for destination: UInt64) throws -> PublishGrant? {
         switch mode {
         case .open: break
         case .refusing(let error), .closed(let error): throw error
         }
         let share = Self.share(of: destination)
-        guard hasRoom ? waitingCount == 0 : waiting[share].isEmpty && hasSpareRoom(for: share) else { return nil }
+        guard hasRoom ? waiting.count == 0 : waiting.isEmpty(share) && hasSpareRoom(for: share) else { return nil }
         let granted = grant(wanted, share)
         messages += granted.count
         bytes += granted.bytes
@@ -226,20 +184,17 @@ struct PublishWindow {
     private static func share(of destination: UInt64) -> Int { Int(destination % UInt64(shareCount)) }
 
     /// Queues a caller for room. Throws when as many are waiting as may.
-    mutating func wait(_ reservation: Reservation) throws -> Resumptions {
+    mutating func wait(_ reservation: ReservationQueue.Reservation) throws -> Resumptions {
         switch mode {
         case .open: break
         case .refusing(let error), .closed(let error): throw error
         }
-        guard waitingCount < limits.waiting else {
+        guard waiting.count < limits.waiting else {
             throw EventsError(
                 .overloaded, "\(limits.waiting) callers are waiting for room to publish already", operation: "publish",
                 underlying: blockedReason)
         }
-        let share = Self.share(of: reservation.destination)
-        if waiting[share].isEmpty { turns.append(share) }
-        waiting[share].append(reservation)
-        waitingCount += 1
+        waiting.append(reservation, share: Self.share(of: reservation.destination))
         nextDeadline = min(nextDeadline, reservation.deadline)
         var resumptions = Resumptions()
         admitWaiting(&resumptions)
@@ -247,7 +202,7 @@ struct PublishWindow {
     }
 
     /// Gives back room that was not used.
-    mutating func release(_ grant: Grant) -> Resumptions {
+    mutating func release(_ grant: PublishGrant) -> Resumptions {
         messages -= grant.count
         bytes -= grant.bytes
         if grant.hasWaited { encoding -= 1 }
@@ -257,45 +212,26 @@ struct PublishWindow {
     }
 
     /// The task of a caller that waits for room was cancelled.
-    mutating func cancel(_ reservation: Reservation) {
-        guard !reservation.isGone else { return }
-        reservation.isGone = true
-        waitingCount -= 1
-        goneCount += 1
-        dropGone()
-    }
-
-    /// Those that are gone stay in their places; not for ever.
-    private mutating func dropGone() {
-        guard goneCount > waitingCount + 1024 else { return }
-        for share in turns { waiting[share].removeAll(where: \.isGone) }
-        turns.removeAll { waiting[$0].isEmpty }
-        goneCount = 0
+    mutating func cancel(_ reservation: ReservationQueue.Reservation) {
+        waiting.remove(reservation)
     }
 
     private mutating func admitWaiting(_ resumptions: inout Resumptions) {
-        guard case .open = mode, waitingCount > 0 else { return }
+        guard case .open = mode, waiting.count > 0 else { return }
         var passed = 0
-        while passed < turns.count, encoding < Self.encodingLimit, let share = turns.popFirst() {
-            while let first = waiting[share].first, first.isGone {
-                waiting[share].removeFirst()
-                goneCount -= 1
-            }
-            guard !waiting[share].isEmpty else { continue }
-            if hasRoom || hasSpareRoom(for: share), let first = waiting[share].popFirst() {
-                first.isGone = true
-                waitingCount -= 1
-                var granted = grant(first.wanted, share)
-                granted.hasWaited = true
-                messages += granted.count
-                bytes += granted.bytes
-                encoding += 1
-                passed = 0
-                resumptions.reservations.append((first.waiter, .success(granted)))
-            } else {
+        while passed < waiting.turnCount, encoding < Self.encodingLimit, let share = waiting.beginTurn() {
+            defer { waiting.endTurn(share) }
+            guard hasRoom || hasSpareRoom(for: share), let first = waiting.popFirst(share) else {
                 passed += 1
+                continue
             }
-            if !waiting[share].isEmpty { turns.append(share) }
+            var granted = grant(first.wanted, share)
+            granted.hasWaited = true
+            messages += granted.count
+            bytes += granted.bytes
+            encoding += 1
+            passed = 0
+            resumptions.reservations.append((first.waiter, .success(granted)))
         }
     }
 
@@ -304,7 +240,7 @@ struct PublishWindow {
     /// Queues messages for which there is room.
     ///
     /// - Parameter granted: What was reserved for them: a guess, which their true size replaces.
-    mutating func submit(_ publishes: [PendingPublish], granted: Grant) -> Resumptions {
+    mutating func submit(_ publishes: [PendingPublish], granted: PublishGrant) -> Resumptions {
         if granted.hasWaited { encoding -= 1 }
         messages += publishes.count - granted.count
         bytes -= granted.bytes
@@ -313,7 +249,7 @@ struct PublishWindow {
             add(publish)
             nextDeadline = min(nextDeadline, publish.deadline)
             unsent.append(publish)
-            if let error = refusal(of: publish) { answer(publish, .failure(error), &resumptions) }
+            if let error = refusals.reason(for: publish) { answer(publish, .failure(error), &resumptions) }
         }
         switch mode {
         case .open: if !resumptions.publishes.isEmpty { dropAnswered(&resumptions) }
@@ -321,13 +257,13 @@ struct PublishWindow {
             for publish in publishes { answer(publish, .failure(error), &resumptions) }
             dropAnswered(&resumptions)
         }
-        if waitingCount > 0 { admitWaiting(&resumptions) }
+        if waiting.count > 0 { admitWaiting(&resumptions) }
         return resumptions
     }
 
     /// The same for one message.
-    mutating func submit(_ publish: PendingPublish, granted: Grant) -> Resumptions {
-        if case .open = mode, waitingCount == 0, refusals.isEmpty, bodyLimit == nil {
+    mutating func submit(_ publish: PendingPublish, granted: PublishGrant) -> Resumptions {
+        if case .open = mode, waiting.count == 0, refusals.isEmpty {
             if granted.hasWaited { encoding -= 1 }
             messages += 1 - granted.count
             bytes -= granted.bytes
@@ -339,26 +275,8 @@ struct PublishWindow {
         return submit([publish], granted: granted)
     }
 
-    /// Why a message would be refused, as one like it was a moment ago.
-    private func refusal(of publish: PendingPublish) -> EventsError? {
-        guard let message = publish.message else { return nil }
-        if let bodyLimit, message.body.count > bodyLimit {
-            return EventsError(
-                .eventTooLarge,
-                "the message has \(message.body.count) bytes, and the broker takes \(bodyLimit) (max_message_size)",
-                operation: "publish")
-        }
-        guard !refusals.isEmpty else { return nil }
-        let now = MonotonicTime.now
-        let refusal = refusals.first { refusal in
-            refusal.exchange == message.destination.exchange && refusal.until > now
-                && (refusal.routingKey == nil || refusal.routingKey == message.destination.routingKey)
-        }
-        return refusal?.error.with(outcome: .unsent)
-    }
-
     /// An exchange was declared: what was refused for its lack is refused no longer.
-    mutating func exchangeDeclared(_ name: String) { refusals.removeAll { $0.exchange == name } }
+    mutating func exchangeDeclared(_ name: String) { refusals.exchangeDeclared(name) }
 
     /// The callers of messages were cancelled. What is written already stays until the broker answers.
     ///
@@ -515,12 +433,7 @@ struct PublishWindow {
     ) {
         guard !publish.isSettled else { return }
         if publish.isAnswered { removeOrphan(publish) }
-        if !refusals.isEmpty, let message = publish.message {
-            refusals.removeAll { refusal in
-                refusal.exchange == message.destination.exchange
-                    && (refusal.routingKey == nil || refusal.routingKey == message.destination.routingKey)
-            }
-        }
+        if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
         publish.settle()
         settledCount += 1
@@ -553,50 +466,20 @@ struct PublishWindow {
     /// is alone.
     mutating func channelClosed(_ error: EventsError, now: MonotonicTime) -> Resumptions {
         var resumptions = Resumptions()
-        let text = error.message
-        let size = Self.refusedSize(in: text)
-        if let size { bodyLimit = min(bodyLimit ?? .max, size.limit) }
-        let guilty = sent.filter { publish in
-            guard let message = publish.message else { return false }
-            return Self.isNamed(message, in: text) || message.body.count == size?.size
-        }
-        if size == nil, let message = guilty.first?.message { refuse(message, text, error, now) }
+        let refused = PublishRefusals.Subject(error.message)
+        let guilty = sent.filter { publish in publish.message.map { refused.includes($0) } ?? false }
+        if let message = guilty.first?.message { refusals.insert(refused, of: message, error, now: now) }
         // One alone, never written before: then it is the message that the broker refused.
         let isCertain = guilty.count == 1 && !guilty[0].isInDoubt
         for publish in guilty { answer(publish, .failure(isCertain ? error : unknown(error)), &resumptions) }
         takeBack(written: .max, blamed: guilty.isEmpty ? error : nil, &resumptions)
         // What waits to be written would be refused as well.
         for publish in unsent where !publish.isAnswered {
-            guard let error = refusal(of: publish) else { continue }
+            guard let error = refusals.reason(for: publish) else { continue }
             answer(publish, .failure(publish.isInDoubt ? unknown(error) : error), &resumptions)
         }
         dropAnswered(&resumptions)
         return resumptions
-    }
-
-    /// Remembers a destination that was refused, for a while that grows.
-    private mutating func refuse(_ message: EncodedMessage, _ text: String, _ error: EventsError, _ now: MonotonicTime)
-    {
-        let key = text.contains("topic '") ? message.destination.routingKey : nil
-        var count = 1
-        if let index = refusals.firstIndex(where: {
-            $0.exchange == message.destination.exchange && $0.routingKey == key
-        }) {
-            count += refusals.remove(at: index).count
-        }
-        if refusals.count >= Self.refusalLimit { refusals.removeFirst() }
-        refusals.append(
-            Refusal(
-                exchange: message.destination.exchange, routingKey: key, error: error,
-                until: now.advanced(by: Self.refusalBackoff.delay(after: count)), count: count))
-    }
-
-    /// The sizes in RabbitMQ's "message size 10201 is larger than configured max size 4000".
-    private static func refusedSize(in text: String) -> (size: Int, limit: Int)? {
-        guard let match = text.firstMatch(of: /message size (\d+) is larger than .*max size (\d+)/),
-            let size = Int(match.1), let limit = Int(match.2)
-        else { return nil }
-        return (size, limit)
     }
 
     /// The channel is gone, and no message is to blame.
@@ -604,16 +487,6 @@ struct PublishWindow {
         var resumptions = Resumptions()
         takeBack(written: .max, blamed: nil, &resumptions)
         return resumptions
-    }
-
-    /// Whether a broker's text names the destination of a message. RabbitMQ writes "no exchange 'x' in vhost …", "access to
-    /// exchange 'x' in vhost …" and "access to topic 'key' in exchange 'x' in vhost …", and calls the default exchange
-    /// `amq.default`.
-    private static func isNamed(_ message: EncodedMessage, in text: String) -> Bool {
-        let exchange =
-            "exchange '\(message.destination.exchange.isEmpty ? "amq.default" : message.destination.exchange)'"
-        guard text.contains("topic '") else { return text.contains(exchange) }
-        return text.contains("topic '\(message.destination.routingKey)' in \(exchange)")
     }
 
     /// Marks what was in flight as suspect, to be written again in halves; one alone is guilty.
@@ -689,7 +562,8 @@ struct PublishWindow {
     mutating func connectionLost(_ error: EventsError, sentBytes: UInt64, isRefusal: Bool) -> Resumptions {
         var resumptions = Resumptions()
         blockedReason = error
-        forgetRefusals()
+        // The next broker may have other limits and permissions.
+        refusals = PublishRefusals()
         takeBack(written: sentBytes, blamed: isRefusal ? error : nil, &resumptions)
         return resumptions
     }
@@ -710,12 +584,6 @@ struct PublishWindow {
         if case .closed = mode { return }
         mode = .open
         blockedReason = nil
-    }
-
-    /// A new connection: the broker may have other limits and permissions.
-    private mutating func forgetRefusals() {
-        refusals = []
-        bodyLimit = nil
     }
 
     /// Nothing can be written now, and callers wait.
@@ -743,23 +611,14 @@ struct PublishWindow {
     mutating func expire(now: MonotonicTime) -> Resumptions {
         var resumptions = Resumptions()
         guard nextDeadline <= now else { return resumptions }
-        var next = MonotonicTime.distantFuture
         let room = "\(messages) of \(limits.messages) messages, \(bytes) of \(limits.bytes) bytes"
         let reason = blockedReason.map { ": \($0.message)" } ?? ""
-        for share in turns {
-            for reservation in waiting[share] where !reservation.isGone {
-                guard reservation.deadline <= now else {
-                    next = min(next, reservation.deadline)
-                    continue
-                }
-                reservation.isGone = true
-                waitingCount -= 1
-                goneCount += 1
-                let error = EventsError(
-                    .unsent, "no room in the publish window by the deadline (\(room))\(reason)",
-                    operation: "publish", underlying: blockedReason)
-                resumptions.reservations.append((reservation.waiter, .failure(error)))
-            }
+        var (late, next) = waiting.removeExpired(now: now)
+        for reservation in late {
+            let error = EventsError(
+                .unsent, "no room in the publish window by the deadline (\(room))\(reason)",
+                operation: "publish", underlying: blockedReason)
+            resumptions.reservations.append((reservation.waiter, .failure(error)))
         }
         for publish in sent where !publish.isAnswered {
             guard publish.deadline <= now else {
@@ -788,7 +647,6 @@ struct PublishWindow {
             answer(publish, .failure(error), &resumptions)
         }
         if hasOverdue { dropAnswered(&resumptions) }
-        dropGone()
         // However many deadlines there are, they are looked at a hundred times a second at most.
         nextDeadline = next == .distantFuture ? next : max(next, now.advanced(by: Self.precision))
         admitWaiting(&resumptions)
@@ -879,16 +737,9 @@ struct PublishWindow {
             free(publish)
         }
         unsent = []
-        for share in turns {
-            for reservation in waiting[share] where !reservation.isGone {
-                reservation.isGone = true
-                resumptions.reservations.append((reservation.waiter, .failure(error)))
-            }
-            waiting[share] = []
+        for reservation in waiting.removeAll() {
+            resumptions.reservations.append((reservation.waiter, .failure(error)))
         }
-        turns = []
-        waitingCount = 0
-        goneCount = 0
         noteDrained(&resumptions)
     }
 

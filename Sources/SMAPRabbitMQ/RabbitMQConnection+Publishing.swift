@@ -7,17 +7,17 @@ internal import Waiting
 /// Publishing: reserve, encode, submit, wait. As few asynchronous functions as possible stand in between: each costs.
 extension RabbitMQConnection {
     /// Takes room in the window if there is some. Whether there is a connection does not matter yet.
-    func reserveNow(_ wanted: PublishWindow.Grant, for destination: PublishDestination) throws -> PublishReservation? {
+    func reserveNow(_ wanted: PublishGrant, for destination: PublishDestination) throws -> PublishReservation? {
         guard let granted = try window.withLock({ try $0.reserve(wanted, for: destination.hash) }) else { return nil }
         return PublishReservation(count: granted.count, bytes: granted.bytes, hasWaited: false, owner: self)
     }
 
     /// Waits for room in the window.
     func waitForRoom(
-        _ wanted: PublishWindow.Grant, for destination: PublishDestination, deadline: ContinuousClock.Instant
+        _ wanted: PublishGrant, for destination: PublishDestination, deadline: ContinuousClock.Instant
     ) async throws -> PublishReservation {
         let limit = MonotonicTime(deadline)
-        let reservation = PublishWindow.Reservation(wanted, destination: destination.hash, deadline: limit)
+        let reservation = ReservationQueue.Reservation(wanted, destination: destination.hash, deadline: limit)
         resume(try window.withLock { try $0.wait(reservation) })
         Watchdog.shared.schedule(at: limit)
         let granted = try await reservation.waiter.value { window.withLock { $0.cancel(reservation) } }
@@ -26,7 +26,7 @@ extension RabbitMQConnection {
 
     func release(count: Int, bytes: Int, hasWaited: Bool) {
         resume(
-            window.withLock { $0.release(PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)) })
+            window.withLock { $0.release(PublishGrant(count: count, bytes: bytes, hasWaited: hasWaited)) })
     }
 
     /// Hands over a message for which there is room; its result is awaited next.
@@ -78,13 +78,13 @@ extension RabbitMQConnection {
     }
 
     /// The room that a reservation stands for: none, if it is of another transport.
-    private func grant(_ reservation: consuming PublishReservation) -> PublishWindow.Grant {
+    private func grant(_ reservation: consuming PublishReservation) -> PublishGrant {
         guard reservation.isOwned(by: self) else {
             // It goes back to the transport that gave it.
-            return PublishWindow.Grant(count: 0, bytes: 0)
+            return PublishGrant(count: 0, bytes: 0)
         }
         let (count, bytes, hasWaited) = reservation.use()
-        return PublishWindow.Grant(count: count, bytes: bytes, hasWaited: hasWaited)
+        return PublishGrant(count: count, bytes: bytes, hasWaited: hasWaited)
     }
 
     private func submitted(_ resumptions: PublishWindow.Resumptions, _ needsWake: Bool, deadline: MonotonicTime) {
@@ -118,7 +118,7 @@ extension RabbitMQConnection {
             for id in resumptions.requests { replies.sent(id) }
             for (publish, result) in resumptions.publishes { publish.resume(result.mapError { $0 }) }
             for waiter in resumptions.drained { waiter.resolve(.success(())) }
-            var unwanted: [PublishWindow.Grant] = []
+            var unwanted: [PublishGrant] = []
             for (waiter, result) in resumptions.reservations {
                 // A caller that was cancelled meanwhile does not take its room.
                 if !waiter.resolve(result.mapError { $0 }), case .success(let grant) = result { unwanted.append(grant) }
@@ -135,13 +135,7 @@ extension RabbitMQConnection {
     // MARK: The connection thread
 
     /// The publishing channel can be used.
-    func publishingOpened() {
-        let isRestoring = shared.withLock { shared in
-            shared.publishingProblem = nil
-            return shared.isRestoring
-        }
-        if !isRestoring { window.withLock { $0.connected() } }
-    }
+    func publishingOpened() { set(.openingChannel, nil) }
 
     /// The broker has closed the publishing channel. Returns whether there was anything on it.
     ///
@@ -156,6 +150,7 @@ extension RabbitMQConnection {
             default: .eventRefused
             }
         let error = EventsError(kind, text, operation: "publish", outcome: .nacked)
+        publishingOpensAgain("the broker has closed it: \(text)")
         let (resumptions, wasInUse) = window.withLock { window in
             let wasInUse = window.sentCount > 0
             return (isFaultOfMessage ? window.channelClosed(error, now: .now) : window.channelLost(), wasInUse)
@@ -165,9 +160,17 @@ extension RabbitMQConnection {
         return wasInUse
     }
 
+    private func publishingOpensAgain(_ reason: String) {
+        set(
+            .openingChannel,
+            EventsError(
+                .connectionLost, "the channel for publishing is being opened again: \(reason)", operation: "publish"))
+    }
+
     /// The publishing channel is being closed by us, because the broker does not confirm.
     func publishingReset(_ now: MonotonicTime) {
         repliesLost(EventsError(.connectionLost, "the channel is opened again", operation: "request"))
+        publishingOpensAgain("the broker did not confirm")
         let (resumptions, destination) = window.withLock { window in
             let destination = window.unconfirmedDestination(now: now)
             return (window.channelReset(now: now), destination ?? "")

@@ -40,12 +40,10 @@ extension RabbitMQConnection {
             shared.openedAt = .now
             return shared.hasOpened
         }
-        // Messages wait for the channel, which tells the window; also where the server refused us before.
-        window.withLock {
-            $0.blocked(
-                EventsError(
-                    .connectionFailed, "the channel for publishing is being opened", operation: "connect"))
-        }
+        // Messages wait for the channel; also where the server refused us before.
+        set(
+            .openingChannel,
+            EventsError(.connectionFailed, "the channel for publishing is being opened", operation: "connect"))
         if isRecovery { recoveries.increment() }
         logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
         change(to: .open)
@@ -60,12 +58,12 @@ extension RabbitMQConnection {
     /// The broker takes no messages, or takes them again.
     func blocked(_ reason: String?) {
         guard let reason else {
-            window.withLock { $0.connected() }
+            set(.blockedByBroker, nil)
             logger.info("the broker takes messages again")
             return change(to: .open)
         }
         let error = EventsError(.overloaded, "the broker blocks publishing: \(reason)", operation: "connection")
-        window.withLock { $0.blocked(error) }
+        set(.blockedByBroker, error)
         logger.warning("the broker blocks publishing", metadata: ["reason": "\(reason)"])
         change(to: .blocked, error)
     }
@@ -80,7 +78,6 @@ extension RabbitMQConnection {
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
         let (consumers, requests) = shared.withLock { shared in
             defer { shared.consumers = [:] }
-            shared.isRestoring = false
             // What is in the mailbox is among the requests, and must not be taken twice.
             _ = mailbox.takeAll()
             return (Array(shared.consumers.values), Array(shared.requests.values))
@@ -129,6 +126,7 @@ extension RabbitMQConnection {
             // One that worked for a while was lost by accident; one that is thrown out at once must wait longer.
             if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
             shared.openedAt = nil
+            shared.obstacles = [:]
             shared.failures += 1
             shared.reason = error
             shared.isPermanent = isPermanent
@@ -158,26 +156,32 @@ extension RabbitMQConnection {
         return delay
     }
 
+    /// Notes or clears what keeps messages from being written. Those that wait are told the first reason that is left.
+    func set(_ obstacle: PublishObstacle, _ reason: EventsError?) {
+        let first = shared.withLock { shared in
+            shared.obstacles[obstacle] = reason
+            return PublishObstacle.allCases.compactMap { shared.obstacles[$0] }.first
+        }
+        window.withLock { window in
+            if let first { window.blocked(first) } else { window.connected() }
+        }
+    }
+
     // MARK: The topology
 
     /// What was declared before a loss is being declared again, before anything is published.
     func restoring(_ count: Int) {
-        shared.withLock { $0.isRestoring = true }
-        window.withLock {
-            $0.blocked(
-                EventsError(
-                    .connectionLost, "the topology is being declared again (\(count) declarations)",
-                    operation: "connection"))
-        }
+        set(
+            .restoringTopology,
+            EventsError(
+                .connectionLost, "the topology is being declared again (\(count) declarations)", operation: "connection"
+            ))
     }
 
     /// All of it has been answered.
     func restored() {
-        shared.withLock { shared in
-            shared.isRestoring = false
-            shared.restorationFailures = 0
-        }
-        window.withLock { $0.connected() }
+        shared.withLock { $0.restorationFailures = 0 }
+        set(.restoringTopology, nil)
     }
 
     /// The broker has refused to declare something again. True if it is to be tried on another connection: a cluster that
@@ -187,7 +191,7 @@ extension RabbitMQConnection {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
         let isFinal =
             switch (error.code, operation) {
-            case (.accessRefused, _), (.topologyConflict, _), (.protocolViolation, _): true
+            case (.accessRefused, _), (.topologyConflict, _), (.protocolViolation, _), (.invalidConfiguration, _): true
             // Its queue or exchange is not there: it was dropped before.
             case (.notFound, .bind): true
             default: false
@@ -211,17 +215,15 @@ extension RabbitMQConnection {
 
     /// A channel cannot be opened, and is tried again.
     func channelBlocked(isForPublishing: Bool, _ error: EventsError, retryIn delay: Duration) {
-        shared.withLock { shared in
-            if isForPublishing { shared.publishingProblem = error } else { shared.topologyProblem = error }
-        }
         let what = isForPublishing ? "publishing" : "declarations"
         if isForPublishing {
-            window.withLock {
-                $0.blocked(
-                    EventsError(
-                        .connectionLost, "the channel for publishing cannot be opened: \(error.message)",
-                        operation: "publish"))
-            }
+            set(
+                .openingChannel,
+                EventsError(
+                    .connectionLost, "the channel for publishing cannot be opened: \(error.message)",
+                    operation: "publish"))
+        } else {
+            shared.withLock { $0.topologyProblem = error }
         }
         logger.warning(
             "a channel cannot be opened",

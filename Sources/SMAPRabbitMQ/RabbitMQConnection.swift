@@ -18,6 +18,13 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         let deadline: MonotonicTime
     }
 
+    /// What can keep messages from being written. Where several do, the first of them is told.
+    enum PublishObstacle: CaseIterable {
+        case blockedByBroker
+        case restoringTopology
+        case openingChannel
+    }
+
     struct Shared {
         var state = ConnectionState.connecting
         /// Why it is not open.
@@ -32,12 +39,10 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         var openings: [Opening] = []
         var requests: [ObjectIdentifier: BrokerRequest] = [:]
         var consumers: [ObjectIdentifier: Consumer] = [:]
-        /// Why the publishing channel cannot be opened; nil when it can.
-        var publishingProblem: EventsError?
-        /// The same for the channel of declarations.
+        /// What keeps messages from being written although the connection is open.
+        var obstacles: [PublishObstacle: EventsError] = [:]
+        /// Why the channel of declarations cannot be opened; nil when it can.
         var topologyProblem: EventsError?
-        /// Whether what was declared before a loss is being declared again.
-        var isRestoring = false
         /// How many declarations have failed since the topology was last declared again.
         var restorationFailures = 0
         /// Why replies cannot be consumed, and until when that is not tried again.
@@ -128,13 +133,9 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
 
     /// What keeps it from publishing now, a sentence each.
     var publishingProblems: [String] {
-        let (state, reason, problem, isRestoring) = shared.withLock {
-            ($0.state, $0.reason, $0.publishingProblem, $0.isRestoring)
-        }
+        let (state, reason, obstacles) = shared.withLock { ($0.state, $0.reason, $0.obstacles) }
         guard state == .open else { return ["publishing: \(state)" + (reason.map { ": \($0)" } ?? "")] }
-        var problems: [String] = []
-        if let problem { problems.append("publishing: the channel cannot be opened: \(problem.message)") }
-        if isRestoring { problems.append("publishing: the topology is being declared again") }
+        var problems = PublishObstacle.allCases.compactMap { obstacles[$0].map { "publishing: \($0.message)" } }
         if let destination = window.withLock({ $0.unconfirmedDestination(now: .now) }) {
             problems.append("publishing: the broker does not confirm what goes to \(destination)")
         }

@@ -182,9 +182,13 @@ public final class RabbitMQTransport: EventTransport, Service {
         let name = "declare exchange \(exchange.name)"
         try Self.check(exchange, "declare exchange")
         _ = try await topologyConnection().request(.declareExchange(exchange), name: name, deadline: deadline)
+        exchangeIsThere(exchange.name)
+    }
+
+    /// Publishes to an exchange that may have been missing a moment ago are refused no longer.
+    private func exchangeIsThere(_ name: String) {
         publishing.withLock { slot in
-            // It may have been missing a moment ago.
-            if case .connection(let connection) = slot { connection.exchangeDeclared(exchange.name) }
+            if case .connection(let connection) = slot { connection.exchangeDeclared(name) }
         }
     }
 
@@ -214,6 +218,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         try Self.check(name, "the exchange's name", "check exchange")
         _ = try await topologyConnection()
             .request(.checkExchange(name), name: "check exchange \(name)", deadline: deadline)
+        exchangeIsThere(name)
     }
 
     /// See ``SMAPEvents/EventTransport``.
@@ -233,6 +238,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         try Self.check(exchange, "compare exchange")
         _ = try await topologyConnection()
             .request(.compareExchange(exchange), name: "compare exchange \(exchange.name)", deadline: deadline)
+        exchangeIsThere(exchange.name)
     }
 
     /// See ``SMAPEvents/EventTransport``.
@@ -256,7 +262,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
     ) async throws -> PublishReservation {
         let connection = try publishConnection
-        let wanted = PublishWindow.Grant(count: count, bytes: bytes)
+        let wanted = PublishGrant(count: count, bytes: bytes)
         // Mostly there is room: then this costs no suspension.
         if let reservation = try connection.reserveNow(wanted, for: destination) { return reservation }
         return try await connection.waitForRoom(wanted, for: destination, deadline: deadline)

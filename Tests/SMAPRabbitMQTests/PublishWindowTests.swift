@@ -12,9 +12,9 @@ private final class Bench {
     private var publishes: [Int: PendingPublish] = [:]
     private(set) var results: [Int: String] = [:]
     private(set) var errors: [Int: EventsError] = [:]
-    private(set) var granted: [Int: PublishWindow.Grant] = [:]
+    private(set) var granted: [Int: PublishGrant] = [:]
     private(set) var requests: [String] = []
-    private var reservations: [Int: PublishWindow.Reservation] = [:]
+    private var reservations: [Int: ReservationQueue.Reservation] = [:]
     private(set) var drainedCount = 0
     private var position: UInt64 = 0
     /// The time of the connection thread.
@@ -41,7 +41,7 @@ private final class Bench {
 
     /// Submits for room that was granted.
     func use(
-        _ grant: PublishWindow.Grant, _ id: Int, exchange: String = "x", key: String = "a.b", size: Int = 0,
+        _ grant: PublishGrant, _ id: Int, exchange: String = "x", key: String = "a.b", size: Int = 0,
         header: Int = 0, isRequest: Bool = false, deadline: MonotonicTime = .distantFuture
     ) throws {
         var properties = MessageProperties(messageID: "m\(id)", correlationID: "c\(id)")
@@ -58,14 +58,14 @@ private final class Bench {
 
     func reserve(
         key: String = "a.b", exchange: String = "x", count: Int = 1, bytes: Int = 0
-    ) throws -> PublishWindow.Grant? {
-        try window.reserve(PublishWindow.Grant(count: count, bytes: bytes), for: Self.hash(exchange, key))
+    ) throws -> PublishGrant? {
+        try window.reserve(PublishGrant(count: count, bytes: bytes), for: Self.hash(exchange, key))
     }
 
     /// Waits for room.
     func wait(_ id: Int, key: String = "a.b", bytes: Int = 0, deadline: MonotonicTime = .distantFuture) throws {
-        let reservation = PublishWindow.Reservation(
-            PublishWindow.Grant(count: 1, bytes: bytes), destination: Self.hash("x", key), deadline: deadline)
+        let reservation = ReservationQueue.Reservation(
+            PublishGrant(count: 1, bytes: bytes), destination: Self.hash("x", key), deadline: deadline)
         reservations[id] = reservation
         take(try window.wait(reservation))
     }
@@ -74,7 +74,7 @@ private final class Bench {
         if let reservation = reservations[id] { window.cancel(reservation) }
     }
 
-    func release(_ grant: PublishWindow.Grant) { take(window.release(grant)) }
+    func release(_ grant: PublishGrant) { take(window.release(grant)) }
 
     func cancel(_ id: Int) {
         guard let publish = publishes[id] else { return }

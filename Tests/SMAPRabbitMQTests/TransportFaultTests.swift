@@ -366,6 +366,35 @@ import Waiting
         }
     }
 
+    @Test func `a broker that takes messages again does not hide that the channel cannot be opened`() async throws {
+        try await withTransport(FakeBroker.Options(), Settings { $0.reconnectDelay = .seconds(10) }) {
+            received, connection in
+            guard case .confirmSelect = received.kind else { return false }
+            connection.closeChannel(
+                received.channel, code: 540, text: "NOT_IMPLEMENTED - no confirms here", classID: 85, methodID: 10)
+            return true
+        } body: { transport, broker in
+            let states = transport.states()
+            let publishing = Task { await end { try await transport.publish(message(), deadline: soon(0.5)) } }
+            try await broker.waitUntil { broker in
+                broker.received.contains { if case .channelCloseOK = $0.kind { true } else { false } }
+            }
+            broker.connections[0].block("memory")
+            broker.connections[0].unblock()
+            var seen: [ConnectionState] = []
+            for await change in states where seen.suffix(2) != [.blocked, .open] {
+                seen.append(change.state)
+                if seen.suffix(2) == [.blocked, .open] { break }
+            }
+            #expect(await transport.health().problems.contains { $0.contains("no confirms here") })
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.publish(message(), deadline: soon(0.1))
+            }
+            #expect(error?.message.contains("no confirms here") == true, "\(error.map { "\($0)" } ?? "")")
+            #expect(await publishing.value.hasSuffix("unsent"))
+        }
+    }
+
     @Test func `where replies cannot be consumed, only requests fail`() async throws {
         try await withTransport { received, connection in
             guard case .consume = received.kind, received.channel == 2 else { return false }
@@ -891,6 +920,32 @@ import Waiting
                 if case .declareQueue(let name, _) = one.kind { name } else { nil }
             }
             #expect(names == (0..<100).map { "q.\($0)" })
+        }
+    }
+
+    @Test func `a declaration that the next node's frames do not hold is dropped, and the others are repeated`()
+        async throws
+    {
+        var options = FakeBroker.Options()
+        options.laterFrameMax = 4_096
+        try await withTransport(options) { received, connection in
+            // What RabbitMQ does about a frame that is too large.
+            guard case .declareQueue("large", false) = received.kind, received.connection > 1 else { return false }
+            connection.closeConnection(code: 501, text: "FRAME_ERROR - frame too large")
+            return true
+        } body: { transport, broker in
+            try await transport.declare(
+                QueueDeclaration(
+                    "large", additionalArguments: ["x-long": .string(String(repeating: "v", count: 4_096))]),
+                deadline: soon())
+            try await transport.declare(QueueDeclaration("small"), deadline: soon())
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            let repeated = broker.received.compactMap { one -> String? in
+                if one.connection > 1, case .declareQueue(let name, _) = one.kind { name } else { nil }
+            }
+            #expect(repeated == ["small"])
+            #expect(broker.acceptedCount == 2)
         }
     }
 

@@ -8,6 +8,8 @@ final class FakeBroker: Sendable {
     struct Options: Sendable {
         var channelMax: UInt16 = 2047
         var frameMax: UInt32 = 131_072
+        /// What connections after the first are offered, as by another node of a cluster.
+        var laterFrameMax: UInt32?
         var heartbeat: UInt16 = 0
         var mechanisms = "PLAIN EXTERNAL"
         /// Whether the broker sends the heartbeats that it agreed to; it never asks for the client's.
@@ -326,6 +328,8 @@ extension FakeBroker {
     private func begin(_ descriptor: Int32) {
         let connection = state.withLock { state -> FakeConnection? in
             state.acceptedCount += 1
+            var options = options
+            if let later = options.laterFrameMax, !state.connections.isEmpty { options.frameMax = later }
             guard !state.isClosing, !state.refusesConnections,
                 let connection = FakeConnection(
                     descriptor: descriptor, index: state.connections.count + 1, options: options)
