@@ -101,7 +101,7 @@ let package = Package(
         .testTarget(name: "WaitingTests", dependencies: ["Waiting"], swiftSettings: settings),
         .testTarget(
             name: "ConnectionThreadTests",
-            dependencies: ["ConnectionThread"],
+            dependencies: ["COpenSSL", "ConnectionThread"],
             swiftSettings: settings
         ),
         .testTarget(

@@ -37,6 +37,7 @@ static inline int smap_tls_prepare(void *context, const char *host, int verify_p
     SSL_CTX_set_verify(ssl, verify_peer ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, verify_peer ? smap_tls_verify : NULL);
     if (verify_peer && verify_host) {
         X509_VERIFY_PARAM *rules = SSL_CTX_get0_param(ssl);
+        X509_VERIFY_PARAM_set_hostflags(rules, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
         if (!X509_VERIFY_PARAM_set1_ip_asc(rules, host) && !X509_VERIFY_PARAM_set1_host(rules, host, 0)) return 0;
         ERR_clear_error();
     }

@@ -208,7 +208,8 @@ package final class ConnectionThread: WatchdogTarget {
         return !isStopping.load(ordering: .acquiring)
     }
 
-    private func releaseSocket() {
+    /// Gives up what ``registerSocket(_:)`` keeps, before the socket is closed.
+    package func releaseSocket() {
         let copy = socketCopy.withLock { copy in
             defer { copy = -1 }
             return copy

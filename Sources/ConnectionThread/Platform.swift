@@ -13,13 +13,17 @@ internal import CConnectionThread
 
 #if canImport(Glibc)
 let streamSocket = Int32(SOCK_STREAM.rawValue)
+let closeOnExec = Int32(SOCK_CLOEXEC.rawValue)
 #else
 let streamSocket = Int32(SOCK_STREAM)
+let closeOnExec = Int32(SOCK_CLOEXEC)
 #endif
 let noSignal = Int32(MSG_NOSIGNAL)
 let tcpProtocol = Int32(IPPROTO_TCP)
 #else
 let streamSocket = SOCK_STREAM
+/// `prepare(socket:)` sets it.
+let closeOnExec: Int32 = 0
 let noSignal: Int32 = 0
 let tcpProtocol = IPPROTO_TCP
 #endif

@@ -79,7 +79,7 @@ package enum Socket {
     private static func connect(
         to address: Resolver.Address, name: String, deadline: MonotonicTime, interrupt: Wakeup?
     ) throws(SocketError) -> Int32 {
-        let descriptor = socket(address.family, streamSocket, 0)
+        let descriptor = socket(address.family, streamSocket | closeOnExec, 0)
         guard descriptor >= 0 else { throw SocketError(.outOfDescriptors, "\(name): \(describe(errno: errno))") }
         prepare(socket: descriptor)
         let result = address.bytes.withUnsafeBytes { raw -> Int32 in

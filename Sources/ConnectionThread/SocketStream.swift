@@ -15,6 +15,9 @@ package final class SocketStream {
     /// So much plain text is encrypted at a time, one TLS record: what is encrypted counts as sent.
     private static let recordSize = 16 * 1024
 
+    /// So many bytes of TLS's own answers may wait for the socket.
+    private static let answerLimit = 1 << 20
+
     /// So many bytes that were sent may stay in memory.
     private static let sentLimit = 256 * 1024
 
@@ -27,6 +30,8 @@ package final class SocketStream {
     private var recordsStart = 0
     private var input = [UInt8](repeating: 0, count: 64 * 1024)
     private let tls: TLSSession?
+    /// Why nothing can be sent any more. It is thrown once everything that had come before was read: that may tell more.
+    private var sendFailure: SocketError?
     /// How many bytes of the protocol may have left; exact without TLS, rounded up to whole records with it.
     package private(set) var sentCount: UInt64 = 0
 
@@ -42,6 +47,9 @@ package final class SocketStream {
         do {
             try shakeHands(deadline, interrupt)
         } catch {
+            // Why we refuse the server is in OpenSSL's alert.
+            tls?.takeOutput(into: &records)
+            _ = try? sendRecords()
             Socket.close(descriptor)
             throw error
         }
@@ -56,7 +64,7 @@ package final class SocketStream {
                 "the server does not answer the TLS handshake (is this its TLS port?)"
             }
             switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
-            case .wouldBlock: break
+            case .wouldBlock: if let sendFailure { throw sendFailure }
             case .bytes(let count):
                 try input.withUnsafeBytes { try tls.received(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
             case .closed(let reason): throw SocketError(.refused, reason)
@@ -103,7 +111,8 @@ package final class SocketStream {
         try add(&output)
     }
 
-    /// Sends what the socket takes. True when nothing is left; otherwise the socket is full.
+    /// Sends what the socket takes. True when nothing is left; otherwise the socket is full, or broken, which shows when it
+    /// is read.
     @discardableResult
     package func flush() throws -> Bool {
         guard let tls else {
@@ -136,23 +145,14 @@ package final class SocketStream {
     }
 
     private func send(_ bytes: [UInt8], from start: Int) throws -> Int? {
+        guard sendFailure == nil else { return nil }
         let transfer = bytes.withUnsafeBytes { Socket.send(descriptor, UnsafeRawBufferPointer(rebasing: $0[start...])) }
         switch transfer {
         case .bytes(let count): return count
         case .wouldBlock: return nil
         case .closed(let reason):
-            try readAlert()
-            throw SocketError(.lost, reason)
-        }
-    }
-
-    /// Throws what the server has said before it closed the connection: that it wants a certificate is a TLS alert, which
-    /// has come although nothing can be sent any more.
-    private func readAlert() throws {
-        guard let tls else { return }
-        while case .bytes(let count) = input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
-            try input.withUnsafeBytes { try tls.received(UnsafeRawBufferPointer(rebasing: $0[..<count])) }
-            try tls.decrypt { _ in }
+            sendFailure = SocketError(.lost, reason)
+            return nil
         }
     }
 
@@ -163,7 +163,9 @@ package final class SocketStream {
     /// - Throws: ``SocketError`` when the connection has ended, ``TLSError``, and what `body` throws.
     package func receive(_ body: (UnsafeRawBufferPointer) throws -> Void) throws -> Reading {
         switch input.withUnsafeMutableBytes({ Socket.receive(descriptor, into: $0) }) {
-        case .wouldBlock: return .silent
+        case .wouldBlock:
+            if let sendFailure { throw sendFailure }
+            return .silent
         case .closed(let reason): throw SocketError(.lost, reason)
         case .bytes(let count):
             try input.withUnsafeBytes { bytes in
@@ -171,8 +173,12 @@ package final class SocketStream {
                 guard let tls else { return try body(bytes) }
                 try tls.received(bytes)
                 try tls.decrypt(body)
+                guard !tls.hasEnded else { throw SocketError(.lost, "the server closed the connection") }
                 // What TLS itself has to answer goes out with the next flush.
                 tls.takeOutput(into: &records)
+                guard records.count - recordsStart <= Self.answerLimit else {
+                    throw SocketError(.lost, "the server makes TLS answer, and does not read the answers")
+                }
             }
             return .bytes(mayHaveMore: count == input.count)
         }

@@ -45,11 +45,15 @@ final class TLSSession {
     /// What has come from the server, and what is to go to it: memory of the session's.
     private let incoming: OpaquePointer
     private let outgoing: OpaquePointer
+    /// Whether the server has said goodbye (`close_notify`): nothing that comes after it is read.
+    private(set) var hasEnded = false
     /// Room for what is handed out, as much as a record holds.
     private var record = [UInt8](repeating: 0, count: 16 * 1024)
 
     /// Throws ``TLSError``.
     init(_ tls: TLSOptions, host: String) throws {
+        // The dot at the end of a full name is no part of it in SNI and certificates (RFC 6066, 3).
+        let host = host.hasSuffix(".") ? String(host.dropLast()) : host
         guard let context = SSL_CTX_new(TLS_client_method()) else { throw Self.failure("out of memory") }
         do {
             session = try Self.makeSession(context, tls, host)
@@ -132,8 +136,10 @@ final class TLSSession {
                 continue
             }
             switch SSL_get_error(session, status) {
-            // That the server has said goodbye shows when the socket ends, after what it has said before.
-            case SSL_ERROR_WANT_READ, SSL_ERROR_ZERO_RETURN: return
+            case SSL_ERROR_WANT_READ: return
+            case SSL_ERROR_ZERO_RETURN:
+                hasEnded = true
+                return
             default: throw Self.failure("the server refuses the connection, or it was tampered with: \(Self.reason)")
             }
         }

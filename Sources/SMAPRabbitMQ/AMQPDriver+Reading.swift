@@ -15,13 +15,15 @@ extension AMQPDriver {
         var reads = 0
         while mayHaveMore, reads < Self.readLimit {
             reads += 1
-            switch try stream.receive({ parser.append($0) }) {
+            let reading = Result { try stream.receive { parser.append($0) } }
+            // Also what came with the login, or before the end: it may say why.
+            try takeFrames()
+            switch try reading.get() {
             case .silent: mayHaveMore = false
             case .bytes(let isFull):
                 lastReceived = now
                 mayHaveMore = isFull
             }
-            try takeFrames()
         }
         return mayHaveMore
     }
@@ -78,10 +80,12 @@ extension AMQPDriver {
     private func takeConnectionMethod(_ method: amqp_method_t) throws {
         switch method.id {
         case AMQP_CONNECTION_BLOCKED_METHOD:
+            guard !isBlocked else { return }
             isBlocked = true
             let blocked = method.decoded?.load(as: amqp_connection_blocked_t.self)
             connection.blocked(blocked.map { Self.text($0.reason) } ?? "")
         case AMQP_CONNECTION_UNBLOCKED_METHOD:
+            guard isBlocked else { return }
             isBlocked = false
             // It has read nothing meanwhile: what it was asked before it can answer only now.
             for channel in channels.values { channel.renewLimit(answerLimit) }
@@ -204,6 +208,10 @@ extension AMQPDriver {
 
     /// The broker has closed a channel: for a method of ours, or for a message.
     private func channelClosed(_ channel: AMQPChannel, code: Int, text: String, method: UInt32) throws {
+        switch channel.state {
+        case .opening, .open, .closing: break
+        case .closed, .waiting: throw AMQPFailure.unexpected("the close of a channel that is closed")
+        }
         let ok = try MethodEncoder.frame(
             AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
         stream.append { $0 += ok }
@@ -222,7 +230,9 @@ extension AMQPDriver {
             }
         case .publishing:
             let wasOpen = channel.isOpen
-            let isFaultOfMessage = method == AMQP_BASIC_PUBLISH_METHOD || (method == 0 && wasOpen)
+            // A method that is not in flight is as good as none.
+            let isNamed = channel.oldestStep(answeredBy: method &+ 1) != nil
+            let isFaultOfMessage = method == AMQP_BASIC_PUBLISH_METHOD || (!isNamed && wasOpen)
             let (failed, closing) = channel.closed(isFaultOfStep: !isFaultOfMessage)
             let isPassing = AMQPFailure.isStateOfServer(code)
             let wasInUse = connection.publishingChannelClosed(
@@ -230,7 +240,7 @@ extension AMQPDriver {
             if let failed, case .repliesConsumed = failed.completion {
                 try complete(failed, on: channel, .failure(error))
                 try open(channel)
-            } else if closing != nil || (wasOpen && wasInUse && !isPassing) {
+            } else if closing != nil || (isFaultOfMessage && wasInUse && !isPassing) {
                 try open(channel)
             } else {
                 // A channel that is closed although nothing was done on it would be closed again.

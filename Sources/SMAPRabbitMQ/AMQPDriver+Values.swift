@@ -17,7 +17,15 @@ extension AMQPDriver {
     /// A text of the broker's for errors and logs: one line, of 255 bytes at most.
     static func text(_ bytes: amqp_bytes_t) -> String {
         let scalars = string(amqp_bytes_t(len: min(bytes.len, 255), bytes: bytes.bytes)).unicodeScalars
-        return String(String.UnicodeScalarView(scalars.map { $0.value < 0x20 || $0.value == 0x7F ? " " : $0 }))
+        return String(String.UnicodeScalarView(scalars.map { isShown($0) ? $0 : " " }))
+    }
+
+    /// Whether a character is no control character, and neither ends a line nor turns the direction of a text.
+    private static func isShown(_ scalar: Unicode.Scalar) -> Bool {
+        switch scalar.properties.generalCategory {
+        case .control, .format, .lineSeparator, .paragraphSeparator: false
+        default: true
+        }
     }
 
     static func properties(_ raw: amqp_basic_properties_t) -> MessageProperties {

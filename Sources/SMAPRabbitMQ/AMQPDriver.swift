@@ -34,6 +34,9 @@ final class AMQPDriver: ConnectionDriver {
     var isBlocked = false
     var lastSent = MonotonicTime.now
     var lastReceived = MonotonicTime.now
+    /// Since when the socket takes nothing of what is to be sent; nil while it does.
+    private var stuckSince: MonotonicTime?
+    private var lastSentCount: UInt64 = 0
     /// Whether replies to requests are consumed on the publishing channel that is open now.
     var replies = RepliesState.none
     /// The requests that wait for that.
@@ -71,6 +74,8 @@ final class AMQPDriver: ConnectionDriver {
             stream.close()
             throw error
         }
+        // Opening may have taken longer than a heartbeat.
+        (lastSent, lastReceived) = (.now, .now)
         connection.opened()
     }
 
@@ -98,6 +103,8 @@ final class AMQPDriver: ConnectionDriver {
                         try login.run(stream, &parser, decoder, deadline: share, interrupt: thread.interrupt)
                     )
                 } catch {
+                    // The watchdog's copy would keep the connection to this node open.
+                    thread.releaseSocket()
                     stream.close()
                     throw error
                 }
@@ -178,6 +185,12 @@ final class AMQPDriver: ConnectionDriver {
         let before = stream.sentCount
         let isFlushed = try stream.flush()
         if stream.sentCount > before { lastSent = now }
+        if isFlushed || stream.sentCount > lastSentCount {
+            stuckSince = nil
+            lastSentCount = stream.sentCount
+        } else {
+            stuckSince = stuckSince ?? now
+        }
         return PollInterest(
             writable: !isFlushed, timer: mayHaveMore ? now : nextTime(now, isFlushed: isFlushed), pause: pause)
     }
@@ -201,6 +214,11 @@ final class AMQPDriver: ConnectionDriver {
             default: break
             }
         }
+        // The heartbeats of a broker that reads nothing come all the same.
+        if let stuckSince, !isBlocked, now >= stuckSince.advanced(by: connection.configuration.stallLimit) {
+            throw SocketError(
+                .lost, "the server has read nothing for \(connection.configuration.stallLimit) (stallLimit)")
+        }
         guard limits.heartbeat > 0 else { return }
         // Two intervals without a sign of life (RabbitMQ guide, "Heartbeats").
         if now >= lastReceived.advanced(by: .seconds(2 * limits.heartbeat)) {
@@ -221,11 +239,14 @@ final class AMQPDriver: ConnectionDriver {
                 isFlushed ? lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)) : .distantFuture)
         }
         if restoring > 0 { time = min(time, restoreLimit) }
+        if let stuckSince, !isBlocked {
+            time = min(time, stuckSince.advanced(by: connection.configuration.stallLimit))
+        }
         if !isBlocked { for channel in channels.values { time = min(time, channel.limit) } }
         // What cannot be written now waits for something else than time.
         if isFlushed, canPublish {
-            let (patience, suspectTime) = connection.window.withLock { ($0.patience, $0.suspectTime) }
-            time = min(time, suspectTime)
+            let (patience, resetTime) = connection.window.withLock { ($0.patience, $0.resetTime) }
+            time = min(time, resetTime)
             if let patience { time = min(time, now.advanced(by: patience)) }
         }
         return time == .distantFuture ? nil : time
@@ -271,7 +292,7 @@ final class AMQPDriver: ConnectionDriver {
     private func stepInFlight(_ error: any Error) -> AMQPChannel.Step? {
         guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0 else { return nil }
         // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
-        return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method + 1) }.first
+        return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method &+ 1) }.first
     }
 
     /// Closes the connection in order. A broker that blocks does not read, and would not answer.

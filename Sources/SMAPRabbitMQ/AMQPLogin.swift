@@ -84,10 +84,10 @@ struct AMQPLogin {
 
     private func reply(to start: amqp_connection_start_t, _ stream: SocketStream) throws {
         let mechanism = configuration.authentication.mechanism
-        let offered = AMQPDriver.text(start.mechanisms)
-        guard offered.split(separator: " ").contains(where: { $0 == mechanism }) else {
+        guard AMQPDriver.string(start.mechanisms).split(separator: " ").contains(where: { $0 == mechanism }) else {
             throw EventsError(
-                .accessRefused, "the server does not offer the mechanism \(mechanism), but: \(offered)",
+                .accessRefused,
+                "the server does not offer the mechanism \(mechanism), but: \(AMQPDriver.text(start.mechanisms))",
                 operation: "connect to \(configuration)")
         }
         let frame = try CArena.with { arena in

@@ -26,7 +26,7 @@ struct PublishWindow {
     struct Resumptions {
         var publishes: [(PendingPublish, Result<Bool, EventsError>)] = []
         var reservations: [(Waiter<PublishGrant>, Result<PublishGrant, EventsError>)] = []
-        var drained: [Waiter<Void>] = []
+        var drained: [@Sendable () -> Void] = []
         /// The correlation ids of requests that are in a queue now.
         var requests: [String] = []
 
@@ -91,19 +91,24 @@ struct PublishWindow {
         var written = 0
         /// Since when nothing of what was written has been confirmed; nil while nothing is written.
         var silentSince: MonotonicTime?
+        /// Written messages whose callers have been answered, because the broker has not.
+        var orphans = 0
+        var orphanBytes = 0
     }
 
     private var shares = [Share](repeating: Share(), count: shareCount)
-    /// Written messages whose callers have been answered, because the broker has not.
+    /// The orphans of all destinations.
     private var orphans = 0
     private var orphanBytes = 0
+    /// How many suspects are on the wire and not answered.
+    private var suspectCount = 0
     /// So many suspects are written at a time, to find the one that the broker closes the channel for.
     private var suspectGroup = 1
     /// Until when those that were written must be answered.
     private var suspectLimit = MonotonicTime.distantFuture
 
     private var refusals = PublishRefusals()
-    private var draining: [Waiter<Void>] = []
+    private var draining: [@Sendable () -> Void] = []
     /// Why nothing is being written now, for those whose deadline passes meanwhile.
     private(set) var blockedReason: EventsError?
     /// No deadline is earlier than this; it may be too early.
@@ -324,7 +329,7 @@ struct PublishWindow {
         var position = position
         var size = 0
         // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
-        if sent.contains(where: \.isSuspect) { return [] }
+        if suspectCount > 0 { return [] }
         let isTesting = unsent.first?.isSuspect == true
         if isTesting, !sent.isEmpty {
             suspectLimit = min(suspectLimit, now.advanced(by: Self.suspectPatience))
@@ -347,7 +352,16 @@ struct PublishWindow {
                 hasFreed = true
                 continue
             }
+            // Between the last look of the watchdog and now its time may have passed.
+            guard next.deadline > now || next.isInDoubt || next.isAnswered else {
+                let error = EventsError(.unsent, "not written by the deadline", operation: "publish")
+                answer(next, .failure(error), &resumptions)
+                free(next)
+                hasFreed = true
+                continue
+            }
             size += length
+            if isTesting { suspectCount += 1 }
             let share = Self.share(of: next.destination)
             if shares[share].written == 0 { shares[share].silentSince = now }
             shares[share].written += 1
@@ -432,9 +446,10 @@ struct PublishWindow {
         _ publish: PendingPublish, isNack: Bool, _ now: MonotonicTime, _ resumptions: inout Resumptions
     ) {
         guard !publish.isSettled else { return }
-        if publish.isAnswered { removeOrphan(publish) }
+        if publish.isAnswered { count(orphan: publish, -1) }
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
+        if publish.isSuspect { suspectCount -= 1 }
         publish.settle()
         settledCount += 1
         free(publish)
@@ -527,14 +542,27 @@ struct PublishWindow {
         return resumptions
     }
 
-    /// Whether the channel must be opened again: half of the room is held by messages that the broker does not answer and no
-    /// caller waits for, or suspects go unanswered.
-    func needsReset(now: MonotonicTime) -> Bool {
-        (orphans > 0 && (orphans >= limits.messages / 2 || orphanBytes >= limits.bytes / 2)) || now >= suspectLimit
+    /// When the channel must be opened again, if nothing is confirmed before: half of the room is held by messages that no
+    /// caller waits for, to destinations of which nothing is confirmed; or suspects go unanswered.
+    var resetTime: MonotonicTime {
+        func isHalf(_ messages: Int, _ bytes: Int) -> Bool {
+            messages > 0 && (messages >= limits.messages / 2 || bytes >= limits.bytes / 2)
+        }
+        // Callers that give up before a slow broker has answered are no reason.
+        guard isHalf(orphans, orphanBytes) else { return suspectLimit }
+        var held = (messages: 0, bytes: 0)
+        let silent = shares.filter { $0.orphans > 0 && $0.silentSince != nil }
+        for share in silent.sorted(by: { $0.silentSince ?? .distantFuture < $1.silentSince ?? .distantFuture }) {
+            held.messages += share.orphans
+            held.bytes += share.orphanBytes
+            guard isHalf(held.messages, held.bytes), let silentSince = share.silentSince else { continue }
+            return min(suspectLimit, silentSince.advanced(by: Self.silenceLimit))
+        }
+        return suspectLimit
     }
 
-    /// When suspects have gone unanswered for too long.
-    var suspectTime: MonotonicTime { suspectLimit }
+    /// Whether the channel must be opened again now.
+    func needsReset(now: MonotonicTime) -> Bool { now >= resetTime }
 
     /// What is written and not confirmed, for longer than it should be; nil if there is no such destination.
     func unconfirmedDestination(now: MonotonicTime) -> String? {
@@ -593,14 +621,12 @@ struct PublishWindow {
     }
 
     /// The end: answers everyone, and refuses all who come later.
-    ///
-    /// - Parameter sentBytes: How much of the connection's stream may have left.
-    mutating func close(_ error: EventsError, sentBytes: UInt64 = .max) -> Resumptions {
+    mutating func close(_ error: EventsError) -> Resumptions {
         var resumptions = Resumptions()
         if case .closed = mode { return resumptions }
         let never = EventsError(.unsent, error.message, operation: "publish", underlying: error)
         mode = .closed(never)
-        takeBack(written: sentBytes, blamed: nil, &resumptions)
+        takeBack(written: .max, blamed: nil, &resumptions)
         failAll(never, &resumptions)
         return resumptions
     }
@@ -654,10 +680,10 @@ struct PublishWindow {
         return resumptions
     }
 
-    /// Resolves the waiter once no caller waits any more for what is under way.
-    mutating func whenDrained(_ waiter: Waiter<Void>) -> Resumptions {
+    /// Tells once no caller waits any more for what is under way.
+    mutating func whenDrained(_ tell: @escaping @Sendable () -> Void) -> Resumptions {
         var resumptions = Resumptions()
-        draining.append(waiter)
+        draining.append(tell)
         noteDrained(&resumptions)
         return resumptions
     }
@@ -678,16 +704,16 @@ struct PublishWindow {
     ) {
         guard !publish.isAnswered else { return }
         publish.isAnswered = true
-        if publish.isOnWire, !publish.isSettled {
-            orphans += 1
-            orphanBytes += publish.size
-        }
+        if publish.isOnWire, !publish.isSettled { count(orphan: publish, 1) }
         resumptions.publishes.append((publish, result))
     }
 
-    private mutating func removeOrphan(_ publish: PendingPublish) {
-        orphans -= 1
-        orphanBytes -= publish.size
+    private mutating func count(orphan publish: PendingPublish, _ change: Int) {
+        let share = Self.share(of: publish.destination)
+        orphans += change
+        orphanBytes += change * publish.size
+        shares[share].orphans += change
+        shares[share].orphanBytes += change * publish.size
     }
 
     /// Makes everything that was sent unsent again, in its place. What is settled goes, and what no caller waits for.
@@ -711,9 +737,11 @@ struct PublishWindow {
             unsent.prepend(publish)
             if !publish.isAnswered { suspects += 1 }
         }
-        (nextTag, settledCount, orphans, orphanBytes) = (1, 0, 0, 0)
+        (nextTag, settledCount, orphans, orphanBytes, suspectCount) = (1, 0, 0, 0, 0)
         suspectLimit = .distantFuture
-        for index in shares.indices { (shares[index].written, shares[index].silentSince) = (0, nil) }
+        for index in shares.indices {
+            shares[index] = Share(messages: shares[index].messages, bytes: shares[index].bytes)
+        }
         dropAnswered(&resumptions)
         if let blamed {
             isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)

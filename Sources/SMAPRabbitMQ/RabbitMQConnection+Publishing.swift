@@ -104,9 +104,10 @@ extension RabbitMQConnection {
                     ? EventsError(.unknownOutcome, "cancelled before it was confirmed", operation: "publish")
                     : EventsError(.unsent, "cancelled before it was written", operation: "publish")
             }
-            return (resumptions, window.needsReset(now: .now))
+            return (resumptions, window.resetTime < .distantFuture)
         }
         resume(resumptions)
+        // The thread does not know of the time yet.
         if needsReset { wake() }
     }
 
@@ -117,7 +118,7 @@ extension RabbitMQConnection {
             // Before anything else that this thread may read.
             for id in resumptions.requests { replies.sent(id) }
             for (publish, result) in resumptions.publishes { publish.resume(result.mapError { $0 }) }
-            for waiter in resumptions.drained { waiter.resolve(.success(())) }
+            for tell in resumptions.drained { tell() }
             var unwanted: [PublishGrant] = []
             for (waiter, result) in resumptions.reservations {
                 // A caller that was cancelled meanwhile does not take its room.

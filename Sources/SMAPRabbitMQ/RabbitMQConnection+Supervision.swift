@@ -151,8 +151,10 @@ extension RabbitMQConnection {
             isRefused
             ? configuration.maximumReconnectDelay * Double.random(in: 0.5...1)
             : configuration.backoff.delay(after: failures)
-        logger.warning(
-            "no connection", metadata: ["connection": "\(name)", "reason": "\(error)", "next_attempt_in": "\(delay)"])
+        // The first failure, and each after a pause that a person would notice.
+        logger.log(
+            level: failures == 1 || delay >= .seconds(1) ? .warning : .info, "no connection",
+            metadata: ["connection": "\(name)", "reason": "\(error)", "next_attempt_in": "\(Self.text(delay))"])
         return delay
     }
 
@@ -227,6 +229,10 @@ extension RabbitMQConnection {
         }
         logger.warning(
             "a channel cannot be opened",
-            metadata: ["channel": "\(what)", "reason": "\(error.message)", "next_attempt_in": "\(delay)"])
+            metadata: ["channel": "\(what)", "reason": "\(error.message)", "next_attempt_in": "\(Self.text(delay))"])
+    }
+
+    private static func text(_ delay: Duration) -> String {
+        "\(Duration.milliseconds(Int64(delay / .milliseconds(1))))"
     }
 }

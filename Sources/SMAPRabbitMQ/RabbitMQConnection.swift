@@ -163,28 +163,20 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
 
     // MARK: Closing
 
-    /// Waits until no caller waits for a confirm any more, then closes the connection. Returns by the deadline, in every
-    /// state.
-    func close(timeout: Duration) async {
-        let deadline = ContinuousClock.now + timeout
+    /// Waits until no caller waits for a confirm any more. Some of the time is left for the goodbye.
+    func drain(until deadline: ContinuousClock.Instant, of timeout: Duration) async {
+        let drained = Latch()
+        resume(window.withLock { $0.whenDrained { drained.open() } })
         // Not in this task, which may be cancelled: others may wait for what is unconfirmed.
-        await Task {
-            let drained = Latch()
-            let waiter = Waiter<Void>()
-            resume(window.withLock { $0.whenDrained(waiter) })
-            let drain = Task {
-                _ = await waiter.uncancelledResult()
-                drained.open()
-            }
-            // Some of the time is for the goodbye.
-            await drained.wait(until: deadline - min(AMQPDriver.goodbyeLimit, timeout / 4))
-            closeLimit.store(MonotonicTime(deadline).nanoseconds, ordering: .sequentiallyConsistent)
-            // Ends the drain, where it is not over.
-            end(EventsError(.closed, "the transport was closed", operation: "connection"))
-            await drain.value
-            thread?.stop()
-            await threadEnd.wait(until: deadline)
-        }.value
+        await Task { await drained.wait(until: deadline - min(AMQPDriver.goodbyeLimit, timeout / 4)) }.value
+    }
+
+    /// Closes the connection. Returns by the deadline, in every state.
+    func close(by deadline: ContinuousClock.Instant) async {
+        closeLimit.store(MonotonicTime(deadline).nanoseconds, ordering: .sequentiallyConsistent)
+        end(EventsError(.closed, "the transport was closed", operation: "connection"))
+        thread?.stop()
+        await Task { await threadEnd.wait(until: deadline) }.value
     }
 
     /// Until when the broker's goodbye may be waited for.
@@ -253,20 +245,20 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     private func check(now: MonotonicTime) -> MonotonicTime? {
         let (resumptions, nextPublish, needsReset) = window.withLock { window in
             let resumptions = window.expire(now: now)
-            return (resumptions, window.nextDeadline, !resumptions.isEmpty && window.needsReset(now: now))
+            return (resumptions, window.nextDeadline, !resumptions.isEmpty && window.resetTime < .distantFuture)
         }
         resume(resumptions)
-        // Nothing else may bring the thread round.
+        // Nothing else may bring the thread round, and it does not know of the time yet.
         if needsReset { wake() }
         var next = nextPublish
-        let (late, overdue, reason, problem) = shared.withLock { shared in
+        let (late, overdue, reason, problem, isOpen) = shared.withLock { shared in
             let late = shared.openings.filter { $0.deadline <= now }
             if !late.isEmpty { shared.openings.removeAll { $0.deadline <= now } }
             for opening in shared.openings { next = min(next, opening.deadline) }
             let overdue = shared.requests.values.filter { $0.deadline <= now }
             for request in overdue { shared.requests[ObjectIdentifier(request)] = nil }
             for request in shared.requests.values { next = min(next, request.deadline) }
-            return (late, overdue, shared.reason, shared.topologyProblem)
+            return (late, overdue, shared.reason, shared.topologyProblem, shared.state == .open)
         }
         if !late.isEmpty {
             // A server that let us in before and refuses us now may change its mind: the deadline is what has passed.
@@ -276,7 +268,9 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
                 operation: "connect to \(configuration)", underlying: reason)
             for opening in late { opening.waiter.resolve(.failure(noConnection)) }
         }
-        let why = problem.map { ": the channel for declarations cannot be opened: \($0.message)" } ?? ""
+        let obstacle =
+            isOpen ? problem.map { "the channel for declarations cannot be opened: \($0.message)" } : reason?.message
+        let why = obstacle.map { ": \($0)" } ?? ""
         for request in overdue { request.fail(.deadlineExceeded, "no answer by the deadline\(why)") }
         return next == .distantFuture ? nil : next
     }

@@ -28,6 +28,8 @@ public final class RabbitMQTransport: EventTransport, Service {
     private let consuming = Mutex(Slot.idle)
     private let topology = DeclaredTopology()
     private let observers = ConnectionObservers()
+    private let isClosing = Atomic<Bool>(false)
+    private let closed = Latch()
 
     /// Makes a transport; connections are opened when they are needed. Throws
     /// ``SMAPEvents/EventsError/Code/invalidConfiguration``.
@@ -90,13 +92,22 @@ public final class RabbitMQTransport: EventTransport, Service {
     /// Waits for confirms that callers wait for, in a cancelled task too, then closes both connections. Returns within
     /// `timeout`, whatever the broker does. Every later call throws ``SMAPEvents/EventsError/Code/closed``.
     public func close(timeout: Duration = .seconds(10)) async {
-        let slots = [publishing.withLock { slot in swap(&slot) }, consuming.withLock { slot in swap(&slot) }]
+        let deadline = ContinuousClock.now + timeout
+        // One caller closes; others wait for that.
+        guard !isClosing.exchange(true, ordering: .relaxed) else { return await closed.wait(until: deadline) }
+        let publishConnection = publishing.withLock { slot in swap(&slot) }
+        if case .connection(let connection) = publishConnection {
+            // Handlers whose copies are confirmed meanwhile can still acknowledge.
+            await connection.drain(until: deadline, of: timeout)
+        }
+        let slots = [publishConnection, consuming.withLock { slot in swap(&slot) }]
         await withTaskGroup { group in
             for case .connection(let connection) in slots {
-                group.addTask { await connection.close(timeout: timeout) }
+                group.addTask { await connection.close(by: deadline) }
             }
         }
         observers.finish()
+        closed.open()
     }
 
     private func swap(_ slot: inout Slot) -> Slot {
@@ -261,6 +272,8 @@ public final class RabbitMQTransport: EventTransport, Service {
     public func reserve(
         _ count: Int, bytes: Int, for destination: PublishDestination, deadline: ContinuousClock.Instant
     ) async throws -> PublishReservation {
+        // What is cancelled already is not written at all.
+        try Task.checkCancellation()
         let connection = try publishConnection
         let wanted = PublishGrant(count: count, bytes: bytes)
         // Mostly there is room: then this costs no suspension.

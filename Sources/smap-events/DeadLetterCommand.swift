@@ -52,7 +52,8 @@ struct DeadLetterCommand: AsyncParsableCommand {
         @discardableResult
         func withQueue<Result: Sendable>(_ body: (DeadLetterQueue) async throws -> Result) async throws -> Result {
             let name = try QueueName(queue)
-            return try await RabbitMQTransport.withTransport(configuration: Settings.rabbitMQ()) {
+            return try await RabbitMQTransport.withTransport(configuration: Settings.rabbitMQ(), logger: Console.logger)
+            {
                 try await body(DeadLetterQueue(of: name, transport: $0))
             }
         }

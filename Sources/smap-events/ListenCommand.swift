@@ -48,7 +48,9 @@ struct ListenCommand: AsyncParsableCommand {
             subscription.concurrency = 1
             subscription.prefetch = (count ?? .max) <= 1_000 ? 1 : 100
             let configuration = try Settings.rabbitMQ()
-            let printed = try await RabbitMQTransport.withTransport(configuration: configuration) {
+            let printed = try await RabbitMQTransport.withTransport(
+                configuration: configuration, logger: Console.logger
+            ) {
                 try await printAll(of: subscription, $0)
             }
             if let count, printed < count { throw ExitCode(1) }
@@ -57,14 +59,14 @@ struct ListenCommand: AsyncParsableCommand {
 
     /// Prints until there have been enough events, the time is up, or a signal comes. Returns how many there were.
     private func printAll(of subscription: EventSubscription, _ transport: RabbitMQTransport) async throws -> Int {
-        let printed = Counter()
+        let printed = Progress()
         let (done, finish) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
         var router = EventRouter()
         router.on(matching: "#") { [count, json] delivery in
             // Beyond the count it belongs to whoever listens next.
-            if printed.value.load(ordering: .relaxed) >= count ?? .max { return .giveBack }
+            if printed.count.load(ordering: .relaxed) >= count ?? .max { return .giveBack }
             try Self.show(delivery, json: json)
-            if printed.value.add(1, ordering: .relaxed).newValue == count {
+            if printed.count.add(1, ordering: .relaxed).newValue == count {
                 // Acknowledged only when the consumer is being stopped, so that the queue sends no other one.
                 finish.yield()
                 try? await gracefulShutdown()
@@ -84,7 +86,11 @@ struct ListenCommand: AsyncParsableCommand {
             }
             if let timeout {
                 tasks.addTask {
-                    try? await Task.sleep(for: seconds(timeout))
+                    guard (try? await Task.sleep(for: seconds(timeout))) != nil else { return }
+                    // Where there was nothing to listen to, no events is no answer.
+                    var found = await subscriber.health().problems
+                    if !found.isEmpty { found += await transport.health().problems }
+                    printed.problems.withLock { [found] in $0 = found }
                     await group.triggerGracefulShutdown()
                 }
             }
@@ -92,11 +98,17 @@ struct ListenCommand: AsyncParsableCommand {
             // It is never cancelled: what was printed would not be acknowledged, and be printed again by the next one.
             try await group.run()
         }
-        return printed.value.load(ordering: .relaxed)
+        let problems = printed.problems.withLock { $0 }
+        guard problems.isEmpty else {
+            throw EventsError(.connectionFailed, problems.joined(separator: "; "), operation: "listen")
+        }
+        return printed.count.load(ordering: .relaxed)
     }
 
-    private final class Counter: Sendable {
-        let value = Atomic(0)
+    private final class Progress: Sendable {
+        let count = Atomic(0)
+        /// What kept it from listening when the time was up.
+        let problems = Mutex<[String]>([])
     }
 
     private static func show(_ delivery: EventDelivery<EventEnvelope>, json: Bool) throws {

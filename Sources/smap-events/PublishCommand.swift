@@ -96,7 +96,9 @@ struct PublishCommand: AsyncParsableCommand {
         var isComplete = true
         try await Console.reporting {
             let configuration = try Settings.rabbitMQ()
-            isComplete = try await RabbitMQTransport.withTransport(configuration: configuration) { transport in
+            isComplete = try await RabbitMQTransport.withTransport(
+                configuration: configuration, logger: Console.logger
+            ) { transport in
                 let settings = Settings.publisher(deadline: seconds(deadline))
                 let publisher: any EventPublishing =
                     if dual {
@@ -113,9 +115,16 @@ struct PublishCommand: AsyncParsableCommand {
     }
 
     private func publish(with publisher: any EventPublishing) async throws -> Bool {
-        // If the exchanges cannot be declared, nothing can be sent: then every event is reported with that error.
+        // If the exchanges cannot be declared, nothing is sent: then every event is reported with that error.
         var obstacle: EventsError?
-        do { try await publisher.declareExchanges() } catch let error as EventsError { obstacle = error }
+        do {
+            try await publisher.declareExchanges()
+        } catch let error as EventsError {
+            // Who may only write can still publish, where the exchanges are there.
+            if error.code != .accessRefused || error.operation.hasPrefix("connect") {
+                obstacle = error.with(outcome: error.publishOutcome == .rejected ? .rejected : .unsent)
+            }
+        }
         guard stdin else {
             let report = await single(publisher, obstacle)
             try show(report)

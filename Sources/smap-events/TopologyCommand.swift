@@ -48,7 +48,9 @@ struct TopologyCommand: AsyncParsableCommand {
 
         func withTransport<Result: Sendable>(_ body: (RabbitMQTransport) async throws -> Result) async throws -> Result
         {
-            try await RabbitMQTransport.withTransport(configuration: Settings.rabbitMQ()) { try await body($0) }
+            try await RabbitMQTransport.withTransport(configuration: Settings.rabbitMQ(), logger: Console.logger) {
+                try await body($0)
+            }
         }
 
         func show(_ report: some Encodable, _ text: String) throws {

@@ -264,7 +264,50 @@ import Waiting
             // When no caller waits for them any more.
             #expect(
                 counts(await publish((0..<50).map { _ in message("healthy.a") }, over: transport)) == ["routed": 50])
-            #expect(await transport.health().problems.contains { $0.contains("stuck.a") })
+            // Health names it after five seconds of silence.
+            let end = soon()
+            var problems: [String] = []
+            while !problems.contains(where: { $0.contains("stuck.a") }), .now < end {
+                problems = await transport.health().problems
+                try await Task.sleep(for: .milliseconds(20))
+            }
+            #expect(problems.contains { $0.contains("stuck.a") })
+        }
+    }
+
+    @Test func `callers that give up early do not have the others' messages written again`() async throws {
+        try await withTransport { received, connection in
+            guard let publish = received.publish else { return false }
+            // Healthy, and slower than those who give up.
+            Thread.detachNewThread {
+                usleep(300_000)
+                connection.ack(channel: received.channel, tag: publish.tag)
+            }
+            return true
+        } body: { transport, broker in
+            async let patient = publish((0..<50).map { _ in message("a.patient") }, over: transport)
+            for _ in 0..<5 {
+                let ends = await publish((0..<800).map { _ in message("a.hasty") }, over: transport, deadline: 0.05)
+                #expect(Set(ends).isSubset(of: ["unknownOutcome unknown", "unsent unsent", "routed"]))
+            }
+            #expect(counts(await patient) == ["routed": 50])
+            #expect(broker.publishes().count { $0.routingKey == "a.patient" } == 50)
+            #expect(broker.received.count { if case .channelOpen = $0.kind { true } else { false } } == 1)
+        }
+    }
+
+    @Test func `a task that is cancelled already publishes nothing`() async throws {
+        try await withTransport { _, _ in
+            false
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            let ends = await Task {
+                withUnsafeCurrentTask { $0?.cancel() }
+                return await publish((0..<200).map { _ in message("a.cancelled") }, over: transport)
+            }.value
+            #expect(counts(ends) == ["cancelled": 200])
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.publishes().allSatisfy { $0.routingKey == "a.b" })
         }
     }
 
@@ -747,7 +790,7 @@ import Waiting
             }
             broker.connections[0].drop()
             try await broker.waitUntil { $0.acceptedCount > 20 }
-            await connection?.close(timeout: .seconds(1))
+            await connection?.close(by: soon(1))
             let end = soon()
             while connection?.driverCount.load(ordering: .relaxed) != 0, .now < end { await Task.yield() }
             #expect(connection?.driverCount.load(ordering: .relaxed) == 0)
@@ -971,6 +1014,51 @@ import Waiting
                 return failed
             }
             #expect(failed == ["q.7 topologyConflict"])
+        }
+    }
+
+    @Test(arguments: ["connection", "channel"])
+    func `a close for a method that does not exist ends no process, and no round without a pause`(
+        what: String
+    )
+        async throws
+    {
+        let closes = Atomic<Int>(0)
+        try await withTransport { received, connection in
+            guard received.publish?.routingKey == "bad.a" else { return false }
+            closes.add(1, ordering: .relaxed)
+            if what == "connection" {
+                connection.closeConnection(code: 541, text: "INTERNAL_ERROR", classID: 0xFFFF, methodID: 0xFFFF)
+            } else {
+                connection.closeChannel(
+                    received.channel, code: 540, text: "NOT_IMPLEMENTED", classID: 60, methodID: 80)
+            }
+            return true
+        } body: { transport, _ in
+            let limit = soon(1)
+            let bad = await end { try await transport.publish(message("bad.a"), deadline: limit) }
+            #expect(bad.hasSuffix("unknown") || bad.hasSuffix("nacked"), "\(bad)")
+            #expect(closes.load(ordering: .relaxed) < 30)
+            #expect(await isConfirmed(over: transport))
+        }
+    }
+
+    @Test func `a broker that reads nothing and sends heartbeats is given up`() async throws {
+        var options = FakeBroker.Options()
+        options.heartbeat = 1
+        try await withTransport(
+            options,
+            Settings {
+                $0.heartbeat = .seconds(1)
+                $0.stallLimit = .seconds(1)
+            }
+        ) { received, connection in
+            if received.connection == 1, received.publish != nil { connection.stopReading() }
+            return received.connection == 1 && received.publish != nil
+        } body: { transport, broker in
+            let ends = await publish((0..<100).map { _ in message(size: 200_000) }, over: transport)
+            #expect(counts(ends) == ["routed": 100])
+            #expect(broker.acceptedCount == 2)
         }
     }
 
