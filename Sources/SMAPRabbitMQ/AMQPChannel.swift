@@ -18,6 +18,8 @@ final class AMQPChannel {
         case topology
         case publishing
         case consuming(Consumer)
+        /// The broker does not answer on it: its number is not used until it is closed, and what comes on it is ignored.
+        case retired
     }
 
     /// How the channel stands. One value, so that no two parts of it can contradict each other.
@@ -39,7 +41,10 @@ final class AMQPChannel {
         case opening(isLast: Bool)
         case repliesConsumed
         case prefetchSet
+        /// A declaration that was made before a loss, which everything else waits for.
         case restored(BrokerRequest.Operation)
+        /// The same, when it has failed before: nothing waits for it.
+        case repeated(BrokerRequest.Operation)
         case closedByUs
         case request(BrokerRequest)
     }
@@ -89,6 +94,8 @@ final class AMQPChannel {
     var failures = 0
     private var queued: Deque<Step> = []
     private var awaiting: Deque<Step> = []
+    /// Until when the oldest method in flight must be answered.
+    private var stepLimit = MonotonicTime.distantFuture
 
     init(number: amqp_channel_t, role: Role) {
         self.number = number
@@ -105,7 +112,8 @@ final class AMQPChannel {
     var limit: MonotonicTime {
         switch state {
         case .opening(let limit), .closing(let limit), .waiting(let limit): limit
-        case .closed, .open: .distantFuture
+        case .open: awaiting.isEmpty ? .distantFuture : stepLimit
+        case .closed: .distantFuture
         }
     }
 
@@ -125,7 +133,8 @@ final class AMQPChannel {
         switch state {
         case .opening: state = .opening(limit: limit)
         case .closing: state = .closing(limit: limit)
-        case .closed, .open, .waiting: break
+        case .open: stepLimit = limit
+        case .closed, .waiting: break
         }
     }
 
@@ -133,12 +142,15 @@ final class AMQPChannel {
     func wait(until time: MonotonicTime) { state = .waiting(until: time) }
 
     /// The methods to send now: none on a channel that is being closed, since the broker would ignore them.
-    func takeSteps() -> [Step] {
+    ///
+    /// - Parameter limit: Until when the first of them must be answered.
+    func takeSteps(limit: MonotonicTime) -> [Step] {
         guard !queued.isEmpty else { return [] }
         switch state {
         case .opening, .open: break
         case .closed, .closing, .waiting: return []
         }
+        if awaiting.isEmpty { stepLimit = limit }
         var steps: [Step] = []
         while awaiting.count < Self.pipelineLimit, let step = queued.popFirst() {
             guard step.isWanted else { continue }
@@ -155,8 +167,11 @@ final class AMQPChannel {
     }
 
     /// The step that a reply is for; nil if it is for none, which no broker should send.
-    func takeStep(for method: amqp_method_t) -> Step? {
+    ///
+    /// - Parameter limit: Until when the next one must be answered.
+    func takeStep(for method: amqp_method_t, limit: MonotonicTime) -> Step? {
         guard let step = awaiting.first, step.reply == method.id else { return nil }
+        stepLimit = limit
         return awaiting.removeFirst()
     }
 
@@ -201,6 +216,15 @@ final class AMQPChannel {
 extension AMQPChannel.Step {
     /// Whether it is `channel.close`.
     var isPartOfClosing: Bool { reply == AMQP_CHANNEL_CLOSE_OK_METHOD }
+
+    /// The same method on another channel.
+    func moved(to channel: amqp_channel_t) -> AMQPChannel.Step {
+        var frame = frame
+        // Behind the frame's type (AMQP 0-9-1, 2.3.5).
+        frame[1] = UInt8(channel >> 8)
+        frame[2] = UInt8(channel & 0xFF)
+        return AMQPChannel.Step(reply: reply, frame: frame, completion: completion)
+    }
 
     /// Whether the channel cannot be used without it.
     var isPartOfOpening: Bool { if case .opening = completion { true } else { false } }

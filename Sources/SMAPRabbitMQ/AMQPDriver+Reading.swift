@@ -103,6 +103,7 @@ extension AMQPDriver {
     }
 
     private func take(_ method: amqp_method_t, _ decoded: UnsafeMutableRawPointer, on channel: AMQPChannel) throws {
+        if case .retired = channel.role { return try takeRetired(method, channel) }
         switch method.id {
         case AMQP_BASIC_DELIVER_METHOD:
             let deliver = decoded.load(as: amqp_basic_deliver_t.self)
@@ -134,13 +135,25 @@ extension AMQPDriver {
                 channel, code: Int(close.reply_code), text: Self.text(close.reply_text),
                 method: UInt32(close.class_id) << 16 | UInt32(close.method_id))
         default:
-            guard let step = channel.takeStep(for: method) else {
+            guard let step = channel.takeStep(for: method, limit: answerLimit) else {
                 // Our close and the broker's have crossed: the channel is opened again already.
                 if method.id == AMQP_CHANNEL_CLOSE_OK_METHOD { return }
                 throw AMQPFailure.unexpected("a reply \(method.id >> 16).\(method.id & 0xFFFF) that was not asked for")
             }
             try complete(step, on: channel, .success(method))
             try sendSteps(channel)
+        }
+    }
+
+    /// Of a channel that we have given up only its end is of interest.
+    private func takeRetired(_ method: amqp_method_t, _ channel: AMQPChannel) throws {
+        switch method.id {
+        case AMQP_CHANNEL_CLOSE_METHOD:
+            let ok = try MethodEncoder.frame(
+                AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
+            stream.append { $0 += ok }
+        case AMQP_CHANNEL_CLOSE_OK_METHOD: channels[channel.number] = nil
+        default: break
         }
     }
 
@@ -220,6 +233,7 @@ extension AMQPDriver {
         let error = EventsError(
             AMQPFailure.brokerCode(code) ?? .connectionLost, text, operation: "channel \(channel.number)")
         switch channel.role {
+        case .retired: break
         case .topology:
             let (failed, _) = channel.closed(isFaultOfStep: true)
             if let failed, !failed.isPartOfOpening {

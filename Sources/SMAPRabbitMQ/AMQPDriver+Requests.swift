@@ -106,13 +106,14 @@ extension AMQPDriver {
         case .restored(let operation):
             channel.failures = 0
             restoring -= 1
-            restoreLimit = answerLimit
-            if case .failure(let error) = result, connection.retriesRestoration(of: operation, after: error) {
+            if try isRepeated(operation, result) {
                 throw EventsError(
-                    .connectionLost, "the topology cannot be declared again: \(error.message)",
-                    operation: "connection")
+                    .connectionLost, "the topology cannot be declared again: \(operation)", operation: "connection")
             }
             if restoring == 0 { connection.restored() }
+        case .repeated(let operation):
+            channel.failures = 0
+            _ = try isRepeated(operation, result)
         case .closedByUs:
             _ = channel.closed(isFaultOfStep: false)
             try open(channel)
@@ -156,6 +157,20 @@ extension AMQPDriver {
             answer(
                 request,
                 .success(.queue(QueueStatus(messages: Int(ok.message_count), consumers: Int(ok.consumer_count)))))
+        }
+    }
+
+    /// Takes in how the repetition of a declaration has ended. True if it is to be tried on another connection.
+    private func isRepeated(
+        _ operation: BrokerRequest.Operation, _ result: Result<amqp_method_t, EventsError>
+    ) throws -> Bool {
+        switch result {
+        case .success:
+            connection.topology.repeated(operation)
+            return false
+        case .failure(let error):
+            repeatTime = min(repeatTime, MonotonicTime.now.advanced(by: connection.configuration.stallLimit))
+            return connection.restorationFailed(operation, error)
         }
     }
 
@@ -230,7 +245,7 @@ extension AMQPDriver {
     private static func consumerTag(_ channel: amqp_channel_t) -> String { "smap.\(channel)" }
 
     /// A channel number that is not in use, of those that the broker allows.
-    private func freeChannel() -> amqp_channel_t? {
+    func freeChannel() -> amqp_channel_t? {
         let first = connection.isForPublishing ? Self.publishingChannel + 1 : Self.publishingChannel
         guard first <= limits.channelLimit else { return nil }
         // Not the last one at once, so that a late frame of the old channel is not taken for one of the new.

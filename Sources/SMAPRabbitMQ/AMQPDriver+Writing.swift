@@ -11,7 +11,7 @@ extension AMQPDriver {
     }
 
     func sendSteps(_ channel: AMQPChannel) throws {
-        let steps = channel.takeSteps()
+        let steps = channel.takeSteps(limit: answerLimit)
         guard !steps.isEmpty else { return }
         stream.append { output in
             for step in steps { output += step.frame }
@@ -83,7 +83,7 @@ extension AMQPDriver {
         stream.append { $0 += step.frame }
     }
 
-    private func closeStep(_ channel: AMQPChannel, _ completion: AMQPChannel.Completion) throws -> AMQPChannel.Step {
+    func closeStep(_ channel: AMQPChannel, _ completion: AMQPChannel.Completion) throws -> AMQPChannel.Step {
         var method = amqp_channel_close_t()
         method.reply_code = UInt16(AMQP_REPLY_SUCCESS)
         method.reply_text = amqp_empty_bytes

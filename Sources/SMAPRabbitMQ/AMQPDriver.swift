@@ -16,6 +16,8 @@ final class AMQPDriver: ConnectionDriver {
     static let batchLimit = 256 * 1024
     /// How long the goodbye of the broker is waited for at most.
     static let goodbyeLimit = Duration.seconds(1)
+    /// So many channels may be given up before the connection is.
+    private static let retiredLimit = 16
     static let heartbeatFrame: [UInt8] = [Frame.Kind.heartbeat.rawValue, 0, 0, 0, 0, 0, 0, FrameParser.end]
 
     enum RepliesState {
@@ -27,7 +29,7 @@ final class AMQPDriver: ConnectionDriver {
     let decoder: MethodDecoder
     var parser: FrameParser
     let limits: NegotiatedLimits
-    let topology = AMQPChannel(number: topologyChannel, role: .topology)
+    private(set) var topology = AMQPChannel(number: topologyChannel, role: .topology)
     let publishing = AMQPChannel(number: publishingChannel, role: .publishing)
     var channels: [amqp_channel_t: AMQPChannel] = [:]
     var nextChannel: amqp_channel_t
@@ -47,8 +49,8 @@ final class AMQPDriver: ConnectionDriver {
     var deliveries: [(consumer: Consumer, deliveries: [InboundDelivery])] = []
     /// Declarations that are being repeated after a loss; nothing else is done before they are back.
     var restoring = 0
-    /// When the next of them must be answered.
-    var restoreLimit = MonotonicTime.distantFuture
+    /// When those that have failed are tried again.
+    var repeatTime = MonotonicTime.distantFuture
 
     var descriptor: Int32 { stream.descriptor }
 
@@ -123,23 +125,35 @@ final class AMQPDriver: ConnectionDriver {
 
     /// Declares again what was declared on the connections before this one, without waiting in between.
     private func restoreTopology() throws {
-        let operations = connection.topology.operations
-        var steps: [AMQPChannel.Step] = []
-        for operation in operations {
-            let step = try step(for: operation, .restored(operation))
-            if step.frame.count <= limits.frameLimit {
-                steps.append(step)
-            } else {
-                // This node takes smaller frames than the one before: the broker would end the connection each time.
-                _ = connection.retriesRestoration(of: operation, after: tooLarge(step))
-            }
+        let (operations, overdue) = connection.topology.operations(
+            failingFor: connection.configuration.stallLimit, now: .now)
+        for operation in operations where try enqueue(operation, .restored(operation)) { restoring += 1 }
+        for operation in overdue { _ = try enqueue(operation, .repeated(operation)) }
+        if restoring > 0 { connection.restoring(restoring) }
+        if !operations.isEmpty || !overdue.isEmpty { try open(topology) }
+    }
+
+    /// Has a declaration made again. False if the broker would end the connection for it: this node takes smaller frames
+    /// than the one before.
+    private func enqueue(
+        _ operation: BrokerRequest.Operation, _ completion: AMQPChannel.Completion
+    ) throws -> Bool {
+        let step = try step(for: operation, completion)
+        guard step.frame.count <= limits.frameLimit else {
+            _ = connection.restorationFailed(operation, tooLarge(step))
+            return false
         }
-        restoring = steps.count
-        restoreLimit = answerLimit
-        guard restoring > 0 else { return }
-        connection.restoring(restoring)
-        for step in steps { topology.enqueue(step) }
-        try open(topology)
+        topology.enqueue(step)
+        return true
+    }
+
+    /// Tries again what could not be declared again.
+    private func repeatFailed(_ now: MonotonicTime) throws {
+        repeatTime = .distantFuture
+        for operation in connection.topology.failed where try enqueue(operation, .repeated(operation)) {
+            repeatTime = now.advanced(by: connection.configuration.stallLimit)
+        }
+        if case .closed = topology.state, repeatTime != .distantFuture { try open(topology) }
     }
 
     /// Until when the broker must have answered what is asked of it now.
@@ -196,24 +210,30 @@ final class AMQPDriver: ConnectionDriver {
     }
 
     private func checkTimes(_ now: MonotonicTime) throws {
-        if restoring > 0, now >= restoreLimit {
-            throw EventsError(
-                .connectionLost,
-                "the topology was not declared again within \(connection.configuration.stallLimit) (stallLimit)",
-                operation: "connection")
-        }
         for channel in channels.values where now >= channel.limit {
-            switch channel.state {
-            case .waiting: try open(channel)
+            switch (channel.state, channel.role) {
+            case (.waiting, _): try open(channel)
             // A broker that blocks reads nothing, and so answers nothing.
-            case .opening where !isBlocked, .closing where !isBlocked:
+            case _ where isBlocked: break
+            case (.open, .publishing):
+                // Only the consumer of replies is asked for on it.
+                if let step = publishing.oldestStep(answeredBy: AMQP_BASIC_CONSUME_OK_METHOD) {
+                    try complete(
+                        step, on: publishing,
+                        .failure(
+                            EventsError(
+                                .deadlineExceeded, "the broker did not answer within \(silence)", operation: "request"))
+                    )
+                }
+                try resetPublishing(now)
+            case (.open, _), (.closing, .consuming): try retire(channel)
+            default:
                 throw EventsError(
-                    .connectionLost,
-                    "the broker did not open or close channel \(channel.number) within "
-                        + "\(connection.configuration.stallLimit) (stallLimit)", operation: "connection")
-            default: break
+                    .connectionLost, "the broker did not open or close channel \(channel.number) within \(silence)",
+                    operation: "connection")
             }
         }
+        if restoring == 0, now >= repeatTime { try repeatFailed(now) }
         // The heartbeats of a broker that reads nothing come all the same.
         if let stuckSince, !isBlocked, now >= stuckSince.advanced(by: connection.configuration.stallLimit) {
             throw SocketError(
@@ -229,7 +249,46 @@ final class AMQPDriver: ConnectionDriver {
         }
     }
 
-    /// When to come round at the latest.
+    private var silence: String { "\(connection.configuration.stallLimit) (stallLimit)" }
+
+    /// The broker does not answer on a channel, which others must not pay for: it is closed, and its number is not used until
+    /// the broker has done so.
+    private func retire(_ channel: AMQPChannel) throws {
+        let error = EventsError(
+            .deadlineExceeded, "the broker did not answer within \(silence)", operation: "channel \(channel.number)")
+        connection.logger.warning(
+            "the broker does not answer on a channel, and it is replaced",
+            metadata: ["connection": "\(connection.name)", "channel": "\(channel.number)"])
+        if !channel.isClosing {
+            let close = try closeStep(channel, .closedByUs)
+            stream.append { $0 += close.frame }
+        }
+        var steps = channel.takeAll()
+        channels[channel.number] = AMQPChannel(number: channel.number, role: .retired)
+        let retiredCount = channels.values.count { if case .retired = $0.role { true } else { false } }
+        guard retiredCount <= Self.retiredLimit else {
+            throw EventsError(
+                .connectionLost, "the broker does not answer on \(retiredCount) channels", operation: "connection")
+        }
+        switch channel.role {
+        case .consuming(let consumer):
+            for step in steps {
+                guard case .request(let request) = step.completion else { continue }
+                answer(request, request.isClose ? .success(.done) : .failure(error))
+            }
+            connection.remove(consumer)
+            consumer.fail(EventsError(.connectionLost, error.message, operation: "consume from \(consumer.queue)"))
+        default:
+            guard let number = freeChannel() else { throw error }
+            topology = AMQPChannel(number: number, role: .topology)
+            let failed = steps.removeFirst()
+            for step in steps { topology.enqueue(step.moved(to: number)) }
+            try open(topology)
+            try complete(failed, on: topology, .failure(error))
+        }
+    }
+
+    /// When the next round is due at the latest.
     private func nextTime(_ now: MonotonicTime, isFlushed: Bool) -> MonotonicTime? {
         var time = MonotonicTime.distantFuture
         if limits.heartbeat > 0 {
@@ -238,7 +297,7 @@ final class AMQPDriver: ConnectionDriver {
                 // What is stuck in the socket is no heartbeat less.
                 isFlushed ? lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)) : .distantFuture)
         }
-        if restoring > 0 { time = min(time, restoreLimit) }
+        if restoring == 0 { time = min(time, repeatTime) }
         if let stuckSince, !isBlocked {
             time = min(time, stuckSince.advanced(by: connection.configuration.stallLimit))
         }
@@ -272,7 +331,11 @@ final class AMQPDriver: ConnectionDriver {
             var blamed: BrokerRequest?
             switch stepInFlight(error)?.completion {
             case .request(let request): blamed = request
-            case .restored(let operation): _ = connection.retriesRestoration(of: operation, after: error)
+            case .restored(let operation): _ = connection.restorationFailed(operation, error)
+            case .repeated(let operation):
+                // It has failed for a while, and must not end every connection.
+                _ = connection.restorationFailed(operation, error)
+                connection.topology.remove(operation)
             default: break
             }
             // Without a name, a message is to blame only where there was nothing else.

@@ -51,10 +51,11 @@ final class Consumer: TransportConsumer {
 
     // MARK: The connection thread
 
-    /// Hands deliveries on. False if a tag is out of order, or if there are more than the prefetch allows.
+    /// Hands deliveries on. False if a tag is out of order, or if there are many more than the prefetch allows. A quorum queue
+    /// whose nodes have lost sight of each other may deliver again what a consumer still has.
     func deliver(_ deliveries: [InboundDelivery]) -> Bool {
         let areOrdered = state.withLock { state in
-            deliveries.allSatisfy { state.tracker.delivered($0.tag) } && state.tracker.unsettledCount <= prefetch
+            deliveries.allSatisfy { state.tracker.delivered($0.tag) } && state.tracker.unsettledCount <= 2 * prefetch
         }
         guard areOrdered else { return false }
         buffer.deliver(deliveries)

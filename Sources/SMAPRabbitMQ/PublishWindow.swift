@@ -61,6 +61,8 @@ struct PublishWindow {
     static let precision = Duration.milliseconds(10)
     /// A destination of which nothing is confirmed for so long does not get what is in spare, and is named by `health`.
     private static let silenceLimit = Duration.seconds(5)
+    /// After so many losses in a row a message is to blame that ends each connection that it is written to.
+    private static let lossLimit = 3
     /// How long suspects may go unanswered: one of them may go where nothing is confirmed.
     private static let suspectPatience = Duration.seconds(2)
 
@@ -102,6 +104,8 @@ struct PublishWindow {
     private var orphanBytes = 0
     /// How many suspects are on the wire and not answered.
     private var suspectCount = 0
+    /// How many connections in a row have ended with messages in flight and none confirmed.
+    private var losses = 0
     /// So many suspects are written at a time, to find the one that the broker closes the channel for.
     private var suspectGroup = 1
     /// Until when those that were written must be answered.
@@ -449,7 +453,7 @@ struct PublishWindow {
         if publish.isAnswered { count(orphan: publish, -1) }
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
-        if publish.isSuspect { suspectCount -= 1 }
+        if publish.isSuspect { suspectCount -= 1 } else { losses = 0 }
         publish.settle()
         settledCount += 1
         free(publish)
@@ -542,6 +546,9 @@ struct PublishWindow {
         return resumptions
     }
 
+    /// Whether a message is looked for that ends channels or connections.
+    var isTesting: Bool { suspectCount > 0 || unsent.first?.isSuspect == true }
+
     /// When the channel must be opened again, if nothing is confirmed before: half of the room is held by messages that no
     /// caller waits for, to destinations of which nothing is confirmed; or suspects go unanswered.
     var resetTime: MonotonicTime {
@@ -592,7 +599,8 @@ struct PublishWindow {
         blockedReason = error
         // The next broker may have other limits and permissions.
         refusals = PublishRefusals()
-        takeBack(written: sentBytes, blamed: isRefusal ? error : nil, &resumptions)
+        if sentCount > 0 { losses += 1 }
+        takeBack(written: sentBytes, blamed: isRefusal || losses >= Self.lossLimit ? error : nil, &resumptions)
         return resumptions
     }
 

@@ -150,7 +150,8 @@ extension RabbitMQConnection {
         let delay =
             isRefused
             ? configuration.maximumReconnectDelay * Double.random(in: 0.5...1)
-            : configuration.backoff.delay(after: failures)
+            // While a message is looked for that ends each connection, the others wait.
+            : configuration.backoff.delay(after: window.withLock { $0.isTesting } ? 1 : failures)
         // The first failure, and each after a pause that a person would notice.
         logger.log(
             level: failures == 1 || delay >= .seconds(1) ? .warning : .info, "no connection",
@@ -182,32 +183,31 @@ extension RabbitMQConnection {
 
     /// All of it has been answered.
     func restored() {
-        shared.withLock { $0.restorationFailures = 0 }
         set(.restoringTopology, nil)
     }
 
-    /// The broker has refused to declare something again. True if it is to be tried on another connection: a cluster that
-    /// is being formed refuses what it takes a moment later. What it will always refuse is dropped, and so is what fails
-    /// again and again, since it would hold up all else.
-    func retriesRestoration(of operation: BrokerRequest.Operation, after error: any Error) -> Bool {
+    /// The broker has not declared something again. True if it is to be tried on another connection, while everything waits:
+    /// a cluster that is being formed refuses what it takes a moment later. What fails for longer, or is refused for good,
+    /// holds nothing up: it is tried again from time to time, and `health` tells.
+    func restorationFailed(_ operation: BrokerRequest.Operation, _ error: any Error) -> Bool {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
+        let since = topology.failed(operation, error, now: .now)
         let isFinal =
             switch (error.code, operation) {
             case (.accessRefused, _), (.topologyConflict, _), (.protocolViolation, _), (.invalidConfiguration, _): true
-            // Its queue or exchange is not there: it was dropped before.
+            // It was waited for already.
+            case (.deadlineExceeded, _): true
+            // Its queue or exchange is not there.
             case (.notFound, .bind): true
             default: false
             }
-        let failures = shared.withLock { shared in
-            shared.restorationFailures += 1
-            return shared.restorationFailures
-        }
-        let isRetried = !isFinal && failures < Self.restorationLimit
-        if !isRetried { topology.remove(operation) }
+        // The broker would close each connection for it.
+        if error.code == .protocolViolation { topology.remove(operation) }
+        let isRetried = !isFinal && since.advanced(by: configuration.stallLimit) > .now
         logger.warning(
             isRetried
                 ? "a declaration failed after a reconnect and is tried again"
-                : "a declaration was refused after a reconnect and is dropped",
+                : "a declaration failed after a reconnect and is left out for now",
             metadata: ["declaration": "\(operation)", "reason": "\(error.message)"])
         return isRetried
     }

@@ -43,16 +43,12 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         var obstacles: [PublishObstacle: EventsError] = [:]
         /// Why the channel of declarations cannot be opened; nil when it can.
         var topologyProblem: EventsError?
-        /// How many declarations have failed since the topology was last declared again.
-        var restorationFailures = 0
         /// Why replies cannot be consumed, and until when that is not tried again.
         var repliesProblem: (error: EventsError, until: ContinuousClock.Instant)?
     }
 
     /// So many requests, and callers that wait for the connection to make one, at a time.
     static let requestLimit = 1024
-    /// After so many failures a declaration is not tried again on yet another connection.
-    static let restorationLimit = 5
 
     let configuration: RabbitMQConfiguration
     let name: String
@@ -139,6 +135,7 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         if let destination = window.withLock({ $0.unconfirmedDestination(now: .now) }) {
             problems.append("publishing: the broker does not confirm what goes to \(destination)")
         }
+        problems += topology.problems
         return problems
     }
 

@@ -693,7 +693,7 @@ import Waiting
                 connection.deliver(
                     channel: received.channel, consumerTag: tag, tag: 1, key: "a.b", header: [0, 60, 0, 0], body: [])
             default:
-                for number in 1...3 as ClosedRange<UInt64> {
+                for number in 1...5 as ClosedRange<UInt64> {
                     connection.deliver(
                         channel: received.channel, consumerTag: tag, tag: number, key: "a.b", body: [])
                 }
@@ -877,7 +877,8 @@ import Waiting
     func `a declaration that fails while a cluster is formed is repeated until it succeeds`(_ kind: String) async throws
     {
         let refusals = Mutex(0)
-        try await withTransport { received, connection in
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) {
+            received, connection in
             guard case .declareQueue("kept", false) = received.kind, refusals.withLock({ $0 }) > 0 else { return false }
             refusals.withLock { $0 -= 1 }
             switch kind {
@@ -904,10 +905,17 @@ import Waiting
             let last = broker.received.filter { $0.connection == 4 }
             #expect(last.contains { if case .declareQueue("kept", false) = $0.kind { true } else { false } })
             #expect(last.contains { if case .bind = $0.kind { true } else { false } })
-            // What never succeeds does not hold up everything for ever.
+            // What goes on failing does not hold up everything for ever, and health tells.
             refusals.withLock { $0 = .max }
             broker.connections[3].drop()
             #expect(await isConfirmed(over: transport))
+            #expect(
+                await transport.health().problems.contains { $0.contains("queue kept could not be declared again") })
+            // Nor is it forgotten, unless the broker ends each connection for it.
+            if kind != "connection" {
+                refusals.withLock { $0 = 0 }
+                try await untilHealthy(transport)
+            }
         }
     }
 
@@ -963,6 +971,125 @@ import Waiting
                 if case .declareQueue(let name, _) = one.kind { name } else { nil }
             }
             #expect(names == (0..<100).map { "q.\($0)" })
+        }
+    }
+
+    /// Channels on which the broker answers nothing any more: it handles the methods of a channel in order.
+    private final class SilentChannels: Sendable {
+        private let channels = Mutex<Set<[Int]>>([])
+
+        func contains(_ received: FakeBroker.Received, beginsHere: () -> Bool) -> Bool {
+            let channel = [received.connection, Int(received.channel)]
+            if beginsHere() { channels.withLock { _ = $0.insert(channel) } }
+            return channels.withLock { $0.contains(channel) }
+        }
+    }
+
+    private func untilHealthy(_ transport: RabbitMQTransport) async throws {
+        let end = soon()
+        while await !transport.health().problems.isEmpty, .now < end { try await Task.sleep(for: .milliseconds(10)) }
+        #expect(await transport.health().problems.isEmpty)
+    }
+
+    @Test func `a declaration that the broker does not answer after a loss holds up the others once`() async throws {
+        let isMute = Mutex(false)
+        let silent = SilentChannels()
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
+            silent.contains(received) {
+                if case .declareQueue("bad", _) = received.kind { isMute.withLock { $0 } } else { false }
+            }
+        } body: { transport, broker in
+            for name in ["bad", "good"] as [QueueName] {
+                try await transport.declare(QueueDeclaration(name), deadline: soon())
+            }
+            #expect(await isConfirmed(over: transport))
+            isMute.withLock { $0 = true }
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            let repeated = broker.received.contains {
+                if $0.connection == 2, case .declareQueue("good", _) = $0.kind { true } else { false }
+            }
+            #expect(repeated)
+            #expect(await transport.health().problems.contains { $0.contains("queue bad") })
+            isMute.withLock { $0 = false }
+            try await untilHealthy(transport)
+            #expect(broker.acceptedCount == 2)
+        }
+    }
+
+    @Test func `a declaration that the broker does not answer does not hold up later ones`() async throws {
+        let silent = SilentChannels()
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
+            silent.contains(received) { if case .declareQueue("bad", _) = received.kind { true } else { false } }
+        } body: { transport, broker in
+            async let bad: Void = {
+                let error = await #expect(throws: EventsError.self) {
+                    try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+                }
+                #expect(error?.code == .deadlineExceeded)
+            }()
+            try await broker.waitUntil { broker in
+                broker.received.contains { if case .declareQueue("bad", _) = $0.kind { true } else { false } }
+            }
+            for name in ["q.1", "q.2"] as [QueueName] {
+                try await transport.declare(QueueDeclaration(name), deadline: soon(10))
+            }
+            await bad
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
+    @Test func `a consumer's channel that is not closed in time leaves the other consumers alone`() async throws {
+        let channels = Mutex<[String: UInt16]>([:])
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
+            switch received.kind {
+            case .consume(let queue, _): channels.withLock { $0[queue] = received.channel }
+            case .channelClose: return channels.withLock { $0["q.bad"] == received.channel }
+            default: break
+            }
+            return false
+        } body: { transport, broker in
+            try await transport.withConsumer(on: "q.other", prefetch: 1, deadline: soon()) { other in
+                // Returns when the broker has had its time.
+                try await transport.withConsumer(on: "q.bad", prefetch: 1, deadline: soon()) { _ in }
+                let channel = try #require(channels.withLock { $0["q.other"] })
+                let tag = try #require(broker.connections[0].consumers(channel: channel).first)
+                broker.connections[0].deliver(channel: channel, consumerTag: tag, tag: 1, key: "a.b", body: [1])
+                let delivery = try #require(try await other.next())
+                try other.settle(delivery, .acknowledge)
+                try await broker.waitUntil { broker in
+                    broker.received.contains { if case .ack(1, _) = $0.kind { true } else { false } }
+                }
+            }
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
+    @Test func `a message that ends each connection without a reason is found, and the others are confirmed`()
+        async throws
+    {
+        try await withTransport { received, connection in
+            if received.publish?.routingKey == "bad.a" { connection.shut() }
+            return received.publish?.routingKey == "bad.a"
+        } body: { transport, _ in
+            let messages = (0..<51).map { message($0 == 25 ? "bad.a" : "good.a") }
+            let ends = await publish(messages, over: transport, deadline: 15)
+            #expect(ends[25] == "unknownOutcome unknown")
+            #expect(counts(ends)["routed"] == 50, "\(counts(ends))")
+            #expect(await isConfirmed(over: transport))
+        }
+    }
+
+    @Test func `a login that takes longer than two heartbeats does not end the connection`() async throws {
+        var options = FakeBroker.Options()
+        options.heartbeat = 1
+        try await withTransport(options, Settings { $0.heartbeat = .seconds(1) }) { received, _ in
+            if case .startOK = received.kind { usleep(2_500_000) }
+            return false
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 1)
         }
     }
 
