@@ -1,5 +1,3 @@
-internal import Synchronization
-
 #if canImport(Glibc)
 internal import Glibc
 #elseif canImport(Musl)
@@ -24,7 +22,7 @@ package enum Socket {
     package static func connect(
         host: String, port: Int, deadline: MonotonicTime, interrupt: Wakeup? = nil
     ) throws(SocketError) -> Int32 {
-        let addresses = try Resolver.addresses(host: host, port: port, deadline: deadline, interrupt: interrupt)
+        let addresses = try Resolver.shared.addresses(host: host, port: port, deadline: deadline, interrupt: interrupt)
         var last = SocketError(.unresolved, "\(host) has no address")
         for (index, address) in addresses.enumerated() {
             // An address that swallows packets must leave time for the next one.
@@ -38,6 +36,9 @@ package enum Socket {
         }
         throw last
     }
+
+    /// Begins to resolve a name that ``connect(host:port:deadline:interrupt:)`` will ask for.
+    package static func resolve(host: String, port: Int) { Resolver.shared.begin(host: host, port: port) }
 
     package static func close(_ descriptor: Int32) {
         #if canImport(Glibc)
@@ -112,66 +113,6 @@ package enum Socket {
             throw SocketError(.refused, "\(name): \(describe(errno: code))")
         }
         return descriptor
-    }
-}
-
-/// Name resolution with a deadline. `getaddrinfo` cannot be interrupted, so it runs on a thread of its own, which is
-/// left behind to finish alone when the deadline passes first.
-private enum Resolver {
-    struct Address: Sendable {
-        let family: Int32
-        let bytes: [UInt8]
-    }
-
-    private final class Answer: Sendable {
-        let ready: Wakeup
-        let result = Mutex<Result<[Address], SocketError>?>(nil)
-        init() throws(SocketError) { ready = try Wakeup() }
-    }
-
-    static func addresses(
-        host: String, port: Int, deadline: MonotonicTime, interrupt: Wakeup?
-    ) throws(SocketError) -> [Address] {
-        // Addresses in figures never ask a name server.
-        if let direct = try? lookUp(host: host, port: port, flags: AI_NUMERICHOST) { return direct }
-        let answer = try Answer()
-        try startThread(name: "smap-resolve", stackSize: 1 << 20) {
-            let result: Result<[Address], SocketError>
-            do throws(SocketError) {
-                result = .success(try lookUp(host: host, port: port, flags: 0))
-            } catch {
-                result = .failure(error)
-            }
-            answer.result.withLock { $0 = result }
-            answer.ready.signal()
-        }
-        while true {
-            if let result = answer.result.withLock({ $0 }) { return try result.get() }
-            try Socket.wait(answer.ready.readEnd, toWrite: false, until: deadline, interrupt: interrupt) {
-                "\(host) was not resolved in time"
-            }
-        }
-    }
-
-    private static func lookUp(host: String, port: Int, flags: Int32) throws(SocketError) -> [Address] {
-        var hints = addrinfo()
-        hints.ai_family = AF_UNSPEC
-        hints.ai_socktype = streamSocket
-        hints.ai_flags = flags
-        var list: UnsafeMutablePointer<addrinfo>?
-        let code = getaddrinfo(host, String(port), &hints, &list)
-        guard code == 0 else { throw SocketError(.unresolved, "\(host): \(String(cString: gai_strerror(code)))") }
-        defer { freeaddrinfo(list) }
-        var addresses: [Address] = []
-        var next = list
-        while let entry = next?.pointee {
-            if let address = entry.ai_addr {
-                let raw = UnsafeRawBufferPointer(start: address, count: Int(entry.ai_addrlen))
-                addresses.append(Address(family: entry.ai_family, bytes: Array(raw)))
-            }
-            next = entry.ai_next
-        }
-        return addresses
     }
 }
 

@@ -89,6 +89,8 @@ final class AMQPDriver: ConnectionDriver {
     ) throws -> (SocketStream, NegotiatedLimits) {
         var failure: any Error = SocketError(.unresolved, "there is no node to connect to")
         let nodes = try configuration.nodes
+        // The later nodes' names are known when it is their turn, however slow the name server is.
+        for node in nodes { Socket.resolve(host: node.host, port: node.port) }
         for (index, node) in nodes.enumerated() {
             // A node that swallows packets must leave time for the next one.
             let share = MonotonicTime.now.advanced(share: nodes.count - index, until: deadline)

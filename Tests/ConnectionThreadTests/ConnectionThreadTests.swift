@@ -1,3 +1,4 @@
+import Dispatch
 import Synchronization
 import Testing
 
@@ -246,6 +247,31 @@ private func eventually(within limit: Duration = .seconds(60), _ condition: () -
             try Socket.connect(host: "no-such-host.invalid", port: 1, deadline: deadline)
         }
         #expect(MonotonicTime.now < deadline)
+    }
+
+    @Test func `a name server that is slower than the deadline delays a connection and does not prevent it`() throws {
+        let lookUps = Atomic<Int>(0)
+        let mayAnswer = DispatchSemaphore(value: 0)
+        let resolver = Resolver { _, _ in
+            lookUps.add(1, ordering: .relaxed)
+            mayAnswer.wait()
+            return .success([Resolver.Address(family: AF_INET, bytes: [1])])
+        }
+        func addresses(_ limit: Duration) throws -> [Resolver.Address] {
+            try resolver.addresses(
+                host: "slow.example", port: 1, deadline: .now.advanced(by: limit), interrupt: nil)
+        }
+        for _ in 0..<5 {
+            let error = #expect(throws: SocketError.self) { try addresses(.milliseconds(10)) }
+            #expect(error?.description.contains("slow.example") == true)
+        }
+        #expect(lookUps.load(ordering: .relaxed) == 1, "one thread, however many attempts")
+        mayAnswer.signal()
+        #expect(try addresses(.seconds(20)).map(\.bytes) == [[1]])
+        // Once it has been used the answer is asked for again.
+        mayAnswer.signal()
+        #expect(try addresses(.seconds(20)).count == 1)
+        #expect(lookUps.load(ordering: .relaxed) == 2)
     }
 
     @Test func `what a slow peer has taken does not stay in memory`() throws {
