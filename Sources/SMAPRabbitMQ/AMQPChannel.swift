@@ -105,7 +105,7 @@ final class AMQPChannel {
     /// Whether messages and settlements can be sent on it.
     var isOpen: Bool { if case .open = state { true } else { false } }
 
-    /// Whether it is of no use any more, or will not be soon.
+    /// Whether we are closing it.
     var isClosing: Bool { if case .closing = state { true } else { false } }
 
     /// When the driver must look at it, if nothing comes before.

@@ -56,7 +56,7 @@ final class AMQPDriver: ConnectionDriver {
 
     // MARK: Opening
 
-    /// Connects to the first node that lets us in; blocks, under the watchdog.
+    /// Connects to the first node that accepts the login; blocks, under the watchdog.
     init(connection: RabbitMQConnection, thread: ConnectionThread, name: String) throws {
         let configuration = connection.configuration
         let deadline = MonotonicTime.now.advanced(by: configuration.connectTimeout)
@@ -296,7 +296,7 @@ final class AMQPDriver: ConnectionDriver {
         if limits.heartbeat > 0 {
             time = min(
                 lastReceived.advanced(by: .seconds(2 * limits.heartbeat)),
-                // What is stuck in the socket is no heartbeat less.
+                // No heartbeat is due while other bytes wait for the socket.
                 isFlushed ? lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)) : .distantFuture)
         }
         if restoring == 0 { time = min(time, repeatTime) }

@@ -43,7 +43,11 @@ struct AMQPLogin {
         while true {
             // What comes behind the last reply stays in the parser.
             try parser.forEachFrame { frame in
-                if frame.kind == .method { try take(try decoder.method(frame), stream) }
+                switch frame.kind {
+                case .method: try take(try decoder.method(frame), stream)
+                case .heartbeat: break
+                case .header, .body: throw AMQPFailure.unexpected("login was answered by a frame of a message")
+                }
                 return stage != .done
             }
             if stage == .done { return limits }

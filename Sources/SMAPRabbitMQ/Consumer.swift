@@ -62,7 +62,7 @@ final class Consumer: TransportConsumer {
         return true
     }
 
-    /// Whether so many deliveries are in hand that a millisecond more makes no difference to anyone.
+    /// Whether so many deliveries are unsettled that it pays to send their settlements together, a millisecond later.
     var isBusy: Bool { state.withLock { $0.tracker.count >= 64 } }
 
     func settlements() -> [AckTracker.Frame] {

@@ -13,7 +13,7 @@ enum MethodEncoder {
         }
     }
 
-    /// Names have 255 bytes at most, and so have the arguments of a queue: no method of ours comes near this.
+    /// Names have 255 bytes at most, and the arguments of a queue 32 KiB together: all methods of ours fit.
     private static let frameLimit = 64 * 1024
 
     /// Writes a method's frame at the start of a buffer; returns its length.

@@ -9,7 +9,7 @@ internal import Waiting
 /// lock of that window only. The exception is `message`, which the connection thread reads while it writes: only that
 /// thread takes it away.
 final class PendingPublish: @unchecked Sendable {
-    /// Who is told how it ends.
+    /// Who receives the result.
     enum Caller {
         case task(Waiter<Bool>)
         case batch(PublishBatch, Int)

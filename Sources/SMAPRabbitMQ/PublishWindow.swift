@@ -48,7 +48,7 @@ struct PublishWindow {
 
     private enum Mode {
         case open
-        /// Callers are refused until a connection opens: the server will not have us, and waiting does not help.
+        /// Callers are refused until a connection opens: the server rejects the login, and waiting does not help.
         case refusing(EventsError)
         case closed(EventsError)
     }
@@ -56,7 +56,7 @@ struct PublishWindow {
     /// Destinations are told apart by so many remainders of their hash.
     private static let shareCount = 256
     /// So many callers at a time may encode what they had to wait for: sizes are guesses until then.
-    private static let encodingLimit = 16
+    static let encodingLimit = 16
     /// The watchdog looks no more often than this: a deadline is kept to within 10 ms.
     static let precision = Duration.milliseconds(10)
     /// A destination of which nothing is confirmed for so long does not get what is in spare, and is named by `health`.

@@ -45,7 +45,9 @@ extension RabbitMQConnection {
             .openingChannel,
             EventsError(.connectionFailed, "the channel for publishing is being opened", operation: "connect"))
         if isRecovery { recoveries.increment() }
-        logger.info("connected", metadata: ["connection": "\(name)", "server": "\(configuration)"])
+        logger.log(
+            level: isRecovery ? .notice : .info, "connected",
+            metadata: ["connection": "\(name)", "server": "\(configuration)"])
         change(to: .open)
         // Only now: a caller that has found it not yet open is among them, and one that comes later finds it open.
         let openings = shared.withLock { shared in
@@ -59,12 +61,13 @@ extension RabbitMQConnection {
     func blocked(_ reason: String?) {
         guard let reason else {
             set(.blockedByBroker, nil)
-            logger.info("the broker takes messages again")
+            logger.notice("the broker takes messages again", metadata: ["connection": "\(name)"])
             return change(to: .open)
         }
         let error = EventsError(.overloaded, "the broker blocks publishing: \(reason)", operation: "connection")
         set(.blockedByBroker, error)
-        logger.warning("the broker blocks publishing", metadata: ["reason": "\(reason)"])
+        logger.warning(
+            "the broker blocks publishing", metadata: ["connection": "\(name)", "reason": "\(reason)"])
         change(to: .blocked, error)
     }
 
@@ -117,13 +120,13 @@ extension RabbitMQConnection {
     func retryDelay(after failure: any Error) -> Duration? {
         let (wasOpen, hasOpened) = shared.withLock { ($0.openedAt != nil, $0.hasOpened) }
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: !wasOpen)
-        // A server that has let us in before may refuse us for a moment: its backend for users is away, or certificates are
+        // A server that has accepted the login before may refuse it for a moment: its backend for users is away, or certificates are
         // being exchanged. Then callers wait, as long as their deadlines allow.
         let isRefused = !wasOpen && [.accessRefused, .invalidConfiguration, .tlsFailed].contains(error.code)
         let isPermanent = isRefused && !hasOpened
         let (failures, isClosed, openings) = shared.withLock { shared -> (Int, Bool, [Opening]) in
             if shared.state == .closed { return (0, true, []) }
-            // One that worked for a while was lost by accident; one that is thrown out at once must wait longer.
+            // A connection that lasted a second begins the back-off again; one that is closed at once does not.
             if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
             shared.openedAt = nil
             shared.obstacles = [:]

@@ -73,6 +73,7 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     private let observe: @Sendable (ConnectionChange) -> Void
     let recoveries: Counter
     private let openGauge: Gauge
+    private let blockedGauge: Gauge
     // Sound: set once, in init, before any other thread knows of this object.
     private nonisolated(unsafe) var thread: ConnectionThread?
 
@@ -92,6 +93,7 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         self.observe = observe
         self.recoveries = Counter(label: "events_connection_recoveries_total", dimensions: [("connection", name)])
         self.openGauge = Gauge(label: "events_connection_open", dimensions: [("connection", name)])
+        self.blockedGauge = Gauge(label: "events_connection_blocked", dimensions: [("connection", name)])
         self.window = Mutex(
             PublishWindow(
                 PublishWindow.Limits(
@@ -102,6 +104,9 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
                 self?.check(now: now)
             } onStall: { [weak self] in
                 // The thread finds its socket shut down, and opens another. Callers have deadlines of their own.
+                logger.warning(
+                    "the connection's thread was away for too long (stallLimit), and its socket is shut down",
+                    metadata: ["connection": "\(name)"])
                 self?.change(
                     to: .recovering,
                     EventsError(.connectionLost, "the connection is unresponsive", operation: "connection"))
@@ -153,7 +158,8 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
                 return true
             }
             guard hasChanged else { return }
-            openGauge.record(state == .open ? 1 : 0)
+            openGauge.record(state == .open || state == .blocked ? 1 : 0)
+            if isForPublishing { blockedGauge.record(state == .blocked ? 1 : 0) }
             observe(ConnectionChange(connection: name, state: state, reason: reason))
         }
     }
@@ -258,7 +264,7 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
             return (late, overdue, shared.reason, shared.topologyProblem, shared.state == .open)
         }
         if !late.isEmpty {
-            // A server that let us in before and refuses us now may change its mind: the deadline is what has passed.
+            // A server that accepted the login before may accept it again: the deadline is what has passed.
             let noConnection = EventsError(
                 reason.map { $0.isRetriable ? $0.code : .connectionFailed } ?? .connectionFailed,
                 reason?.message ?? "\(configuration) did not answer by the deadline",

@@ -67,7 +67,9 @@ public final class RabbitMQTransport: EventTransport, Service {
     /// Connects, then waits for graceful shutdown or cancellation, and closes. While the broker is away it goes on trying:
     /// ``health()`` is for probes.
     ///
-    /// - Throws: ``SMAPEvents/EventsError/Code/accessRefused`` when the server refuses the credentials at start.
+    /// - Throws: ``SMAPEvents/EventsError/Code/accessRefused`` when the server refuses the credentials at start,
+    ///   ``SMAPEvents/EventsError/Code/tlsFailed`` when its certificate is refused, and
+    ///   ``SMAPEvents/EventsError/Code/invalidConfiguration``.
     public func run() async throws {
         do {
             try await cancelWhenGracefulShutdown { [self] in
@@ -179,10 +181,13 @@ public final class RabbitMQTransport: EventTransport, Service {
                     operation: operation)
             }
         }
-        guard queue.arguments.count <= 64 else {
+        let size = queue.arguments.reduce(0) { size, argument in
+            guard case .string(let text) = argument.value else { return size + argument.key.utf8.count + 16 }
+            return size + argument.key.utf8.count + text.utf8.count + 16
+        }
+        guard size <= 32 * 1024 else {
             throw EventsError(
-                .invalidName, "the queue has \(queue.arguments.count) arguments, and the limit is 64",
-                operation: operation)
+                .invalidName, "the arguments have \(size) bytes together, and the limit is 32768", operation: operation)
         }
     }
 

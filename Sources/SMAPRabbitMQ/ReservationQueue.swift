@@ -116,7 +116,7 @@ struct ReservationQueue {
         goneCount += 1
     }
 
-    /// Those that are gone stay in their places; not for ever.
+    /// Those that are gone are taken out together, when there are many.
     private mutating func dropGone() {
         guard goneCount > count + 1024 else { return }
         for share in turns { lines[share].removeAll(where: \.isGone) }

@@ -10,11 +10,12 @@ import SMAPRedis
 struct BenchCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "smap-events-bench",
-        abstract: "Measure the SDK, and with --raw the bare C loop beside it.",
+        abstract: "Measure the SDK; with --raw, compare it with bare loops.",
         discussion: """
-            Absolute figures move with the machine; the ratio to the raw C loop in the same run does not, nor does the \
+            Absolute figures move with the machine; the ratio to a bare loop in the same run does not, nor does the \
             CPU time per message. Build it with -c release. It starts private servers, unless RABBITMQ_URL \
-            (REDIS_URL or REDIS_HOST for 'track') names others; the queues that it declares are deleted at the end.
+            (REDIS_URL or REDIS_HOST for 'track') names others. Its own queues are deleted at the end; the shared \
+            exchanges and the queues for retries stay.
             """,
         subcommands: [
             Publish.self, Consume.self, EndToEnd.self, Track.self, SoakCommand.self, WorkerCommand.self,
@@ -50,9 +51,13 @@ struct BenchCommand: AsyncParsableCommand {
         }
 
         func validate() throws {
-            guard messages > 0, window > 0, window <= 65_535, tasks > 0, (250...200_000).contains(size) else {
-                throw ValidationError(
-                    "messages and tasks are above 0, window is 1 to 65535, and size is 250 to 200000 bytes.")
+            guard messages > 0 else { throw ValidationError("--messages is 1 or more, not \(messages).") }
+            guard tasks > 0 else { throw ValidationError("--tasks is 1 or more, not \(tasks).") }
+            guard (1...65_535).contains(window) else {
+                throw ValidationError("--window is 1 to 65535, not \(window).")
+            }
+            guard (250...200_000).contains(size) else {
+                throw ValidationError("--size is 250 to 200000 bytes, not \(size).")
             }
         }
     }
@@ -66,7 +71,10 @@ struct BenchCommand: AsyncParsableCommand {
 
         func validate() throws {
             guard (1...100_000).contains(contentsOf ?? 1) else {
-                throw ValidationError("A list has 1 to 100000 events.")
+                throw ValidationError("--contents-of is 1 to 100000.")
+            }
+            guard contentsOf == nil || options.tasks == Options().tasks else {
+                throw ValidationError("With --contents-of one task publishes: leave --tasks out.")
             }
         }
 
@@ -102,7 +110,10 @@ struct BenchCommand: AsyncParsableCommand {
         var rate = 2_000
 
         func validate() throws {
-            guard (1...1_000_000).contains(rate) else { throw ValidationError("A rate is 1 to 1000000 a second.") }
+            guard (1...1_000_000).contains(rate) else {
+                throw ValidationError("--rate is 1 to 1000000 a second, not \(rate).")
+            }
+            guard !options.raw else { throw ValidationError("There is no bare loop to compare e2e with.") }
         }
 
         func run() async throws {

@@ -1,3 +1,4 @@
+import ArgumentParser
 import Foundation
 import SMAPEvents
 import SMAPRabbitMQ
@@ -58,6 +59,9 @@ final class RabbitMQBench: Sendable {
     private init(
         _ configuration: RabbitMQConfiguration, _ options: BenchCommand.Options, _ inbox: (any Inbox)? = nil
     ) async throws {
+        guard configuration.tls == nil else {
+            throw ValidationError("The bare loops, which also delete the queues, speak no TLS: use an amqp:// URL.")
+        }
         self.inbox = inbox
         var configuration = configuration
         configuration.windowMessages = options.window
@@ -74,7 +78,7 @@ final class RabbitMQBench: Sendable {
         let names = queues.withLock { $0 }.map(\.rawValue)
         let raw = try await blocking { [configuration] in try RawRabbitMQ(configuration) }
         try await blocking {
-            for name in names { raw.delete(queue: name) }
+            for name in names { for queue in [name, name + ".dlq"] { raw.delete(queue: queue) } }
         }
     }
 
@@ -147,7 +151,7 @@ final class RabbitMQBench: Sendable {
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await subscriber.run() }
                 group.addTask { for await _ in done { break } }
-                group.addTask { [publisher, options] in
+                group.addTask { [publisher, options, event] in
                     try await withThrowingDiscardingTaskGroup { publishing in
                         var number = 0
                         while number < options.messages {
@@ -155,7 +159,7 @@ final class RabbitMQBench: Sendable {
                             try await Task.sleep(until: max(start, .now + .milliseconds(1)), tolerance: .zero)
                             while number < options.messages, start + interval * number <= .now {
                                 publishing.addTask { [number] in
-                                    try await publisher.publish(TimedEvent(number: number, text: ""))
+                                    try await publisher.publish(TimedEvent(number: number, text: event.text))
                                 }
                                 number += 1
                             }

@@ -23,10 +23,10 @@ enum Console {
         FileHandle.standardError.write(Data(("smap-events: " + text + "\n").utf8))
     }
 
-    /// Tells on standard error what goes wrong meanwhile and is being mended.
+    /// Tells on standard error what goes wrong meanwhile, and when it works again.
     static let logger: Logger = {
         var logger = Logger(label: "smap-events") { _ in ConsoleLogHandler() }
-        logger.logLevel = .warning
+        logger.logLevel = .notice
         return logger
     }()
 

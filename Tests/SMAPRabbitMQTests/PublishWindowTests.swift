@@ -535,7 +535,7 @@ private final class Bench {
                 try bench.use(next.value, id, size: size)
             }
             // One message over the limit, and those that were being encoded.
-            #expect(bench.look { $0.byteCount } <= limit + (1 + 32) * (size + 200))
+            #expect(bench.look { $0.byteCount } <= limit + (1 + PublishWindow.encodingLimit) * (size + 200))
         }
         #expect(used.count >= 200, "callers get their turn")
     }

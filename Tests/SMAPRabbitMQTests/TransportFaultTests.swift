@@ -95,7 +95,7 @@ import Waiting
             broker.connections[0].ack(channel: 2, tag: 1)
             broker.connections[0].ack(channel: 2, tag: 2)
             try await broker.waitUntil { $0.publishes().count >= full + 2 }
-            #expect(broker.publishes().count <= full + 2 + 33)
+            #expect(broker.publishes().count <= full + 2 + 1 + PublishWindow.encodingLimit)
             broker.connections[0].ack(channel: 2, tag: 0, multiple: true)
             let acknowledging = Task {
                 var done = 0
@@ -736,7 +736,10 @@ import Waiting
             if state == "idle" { _ = await publishing.value }
             if state == "blocked" {
                 for connection in broker.connections { connection.block("memory") }
-                try await broker.waitUntil { _ in true }
+                let end = soon()
+                while await !transport.health().problems.contains(where: { $0.contains("memory") }), .now < end {
+                    try await Task.sleep(for: .milliseconds(5))
+                }
             }
             let start = ContinuousClock.now
             await transport.close(timeout: .seconds(1))
@@ -1233,8 +1236,7 @@ import Waiting
 
     // MARK: Logging in
 
-    @Test func `with EXTERNAL no password is sent, and a server that does not offer it is named as such`() async throws
-    {
+    @Test func `a server that does not offer PLAIN is named as such, and no password is sent`() async throws {
         let configuration = RabbitMQConfiguration(host: "127.0.0.1")
         var external = configuration
         external.authentication = .external
@@ -1249,9 +1251,7 @@ import Waiting
             }
             #expect(error?.code == .accessRefused)
             #expect(error?.message.contains("PLAIN") == true)
-            #expect(
-                broker.received.isEmpty
-                    || !broker.received.contains { if case .startOK = $0.kind { true } else { false } })
+            #expect(!broker.received.contains { if case .startOK = $0.kind { true } else { false } })
         }
     }
 
@@ -1310,7 +1310,9 @@ import Waiting
             let error = await #expect(throws: EventsError.self) {
                 try await transport.declare(QueueDeclaration("q"), deadline: soon(1))
             }
-            #expect(error?.message.isEmpty == false)
+            #expect(
+                ["AMQP", "frame", "decoding"].contains { error?.message.contains($0) == true },
+                "\(error.map { "\($0)" } ?? "")")
         }
     }
 }

@@ -158,6 +158,9 @@ public final class EventSubscriber: Service {
                     on: subscription.queue, prefetch: isTrial ? 1 : subscription.prefetch,
                     deadline: .now + subscription.deadline
                 ) { consumer in
+                    if case .recovering = phase.withLock({ $0 }) {
+                        logger.notice("subscription resumed", metadata: ["queue": "\(subscription.queue)"])
+                    }
                     enter(.consuming)
                     return try await serve(consumer, intake, pool)
                 }
