@@ -77,8 +77,10 @@ final class Resolver: Sendable {
     private func answer(host: String, port: Int) throws(SocketError) -> Answer {
         try answers.withLock { answers throws(SocketError) -> Answer in
             if let known = answers[Self.key(host, port)] {
-                guard let (_, time) = known.result.withLock({ $0 }) else { return known }
-                if time.advanced(by: Self.shelfLife) > .now { return known }
+                guard let (result, time) = known.result.withLock({ $0 }) else { return known }
+                // A failure may be over.
+                let shelfLife = if case .success = result { Self.shelfLife } else { Duration.seconds(1) }
+                if time.advanced(by: shelfLife) > .now { return known }
             }
             let answer = try Answer()
             try startThread(name: "smap-resolve", stackSize: 1 << 20) { [lookUp] in

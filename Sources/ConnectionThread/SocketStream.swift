@@ -98,6 +98,9 @@ package final class SocketStream {
     /// Whether everything has been handed to the kernel.
     package var isFlushed: Bool { unsentCount == 0 && recordsStart == records.count }
 
+    /// Whether nothing can be sent any more. The next read that finds nothing throws why.
+    package var hasFailed: Bool { sendFailure != nil }
+
     /// Adds to what is to be sent. ``flush()`` sends it.
     package func append(_ add: (inout [UInt8]) throws -> Void) rethrows {
         if outputStart == output.count {

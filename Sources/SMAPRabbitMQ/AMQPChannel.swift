@@ -41,10 +41,8 @@ final class AMQPChannel {
         case opening(isLast: Bool)
         case repliesConsumed
         case prefetchSet
-        /// A declaration that was made before a loss, which everything else waits for.
+        /// A declaration that was made before a loss.
         case restored(BrokerRequest.Operation)
-        /// The same, when it has failed before: nothing waits for it.
-        case repeated(BrokerRequest.Operation)
         case closedByUs
         case request(BrokerRequest)
     }

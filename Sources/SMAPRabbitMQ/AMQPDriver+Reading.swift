@@ -16,13 +16,12 @@ extension AMQPDriver {
         while mayHaveMore, reads < Self.readLimit {
             reads += 1
             let reading = Result { try stream.receive { parser.append($0) } }
+            if case .success(.bytes) = reading { lastReceived = now }
             // Also what came with the login, or before the end: it may say why.
             try takeFrames()
             switch try reading.get() {
             case .silent: mayHaveMore = false
-            case .bytes(let isFull):
-                lastReceived = now
-                mayHaveMore = isFull
+            case .bytes(let isFull): mayHaveMore = isFull
             }
         }
         return mayHaveMore
@@ -152,7 +151,10 @@ extension AMQPDriver {
             let ok = try MethodEncoder.frame(
                 AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
             stream.append { $0 += ok }
-        case AMQP_CHANNEL_CLOSE_OK_METHOD: channels[channel.number] = nil
+            silenceEnded()
+        case AMQP_CHANNEL_CLOSE_OK_METHOD:
+            channels[channel.number] = nil
+            silenceEnded()
         default: break
         }
     }

@@ -105,18 +105,11 @@ extension AMQPDriver {
         case .prefetchSet: break
         case .restored(let operation):
             channel.failures = 0
-            restoring -= 1
-            if try isRepeated(operation, result) {
-                throw EventsError(
-                    .connectionLost, "the topology cannot be declared again: \(operation)", operation: "connection")
-            }
-            if restoring == 0 { connection.restored() }
-        case .repeated(let operation):
-            channel.failures = 0
-            _ = try isRepeated(operation, result)
+            try restored(operation, result)
         case .closedByUs:
             _ = channel.closed(isFaultOfStep: false)
             try open(channel)
+        case .repliesConsumed where channel.isClosing: break
         case .repliesConsumed:
             let requests = repliesRequests
             repliesRequests = []
@@ -160,20 +153,6 @@ extension AMQPDriver {
         }
     }
 
-    /// Takes in how the repetition of a declaration has ended. True if it is to be tried on another connection.
-    private func isRepeated(
-        _ operation: BrokerRequest.Operation, _ result: Result<amqp_method_t, EventsError>
-    ) throws -> Bool {
-        switch result {
-        case .success:
-            connection.topology.repeated(operation)
-            return false
-        case .failure(let error):
-            repeatTime = min(repeatTime, MonotonicTime.now.advanced(by: connection.configuration.stallLimit))
-            return connection.restorationFailed(operation, error)
-        }
-    }
-
     func answer(_ request: BrokerRequest, _ result: Result<BrokerRequest.Reply, EventsError>) {
         connection.forget(request)
         switch result {
@@ -212,6 +191,14 @@ extension AMQPDriver {
     // MARK: Consumers
 
     private func beginConsuming(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        guard retiredCount < Self.retiredLimit else {
+            return answer(
+                request,
+                .failure(
+                    EventsError(
+                        .overloaded, "the broker does not answer on \(retiredCount) channels", operation: request.name))
+            )
+        }
         guard let number = freeChannel() else {
             answer(
                 request,

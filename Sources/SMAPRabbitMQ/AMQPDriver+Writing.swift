@@ -41,7 +41,7 @@ extension AMQPDriver {
     }
 
     /// Whether messages can be written now.
-    var canPublish: Bool { publishing.isOpen && !isBlocked && restoring == 0 }
+    var canPublish: Bool { publishing.isOpen && !isBlocked && !restoration.isAwaited }
 
     /// Writes messages, until the socket is full or there are no more.
     func writePublishes(_ now: MonotonicTime) throws {

@@ -17,7 +17,7 @@ final class AMQPDriver: ConnectionDriver {
     /// How long the goodbye of the broker is waited for at most.
     static let goodbyeLimit = Duration.seconds(1)
     /// So many channels may be given up before the connection is.
-    private static let retiredLimit = 16
+    static let retiredLimit = 16
     static let heartbeatFrame: [UInt8] = [Frame.Kind.heartbeat.rawValue, 0, 0, 0, 0, 0, 0, FrameParser.end]
 
     enum RepliesState {
@@ -47,10 +47,8 @@ final class AMQPDriver: ConnectionDriver {
     var publishEvents: [PublishWindow.Event] = []
     /// What one read has brought for each consumer.
     var deliveries: [(consumer: Consumer, deliveries: [InboundDelivery])] = []
-    /// Declarations that are being repeated after a loss; nothing else is done before they are back.
-    var restoring = 0
-    /// When those that have failed are tried again.
-    var repeatTime = MonotonicTime.distantFuture
+    /// What is being declared again.
+    var restoration = Restoration()
 
     var descriptor: Int32 { stream.descriptor }
 
@@ -125,39 +123,6 @@ final class AMQPDriver: ConnectionDriver {
         throw failure
     }
 
-    /// Declares again what was declared on the connections before this one, without waiting in between.
-    private func restoreTopology() throws {
-        let (operations, overdue) = connection.topology.operations(
-            failingFor: connection.configuration.stallLimit, now: .now)
-        for operation in operations where try enqueue(operation, .restored(operation)) { restoring += 1 }
-        for operation in overdue { _ = try enqueue(operation, .repeated(operation)) }
-        if restoring > 0 { connection.restoring(restoring) }
-        if !operations.isEmpty || !overdue.isEmpty { try open(topology) }
-    }
-
-    /// Has a declaration made again. False if the broker would end the connection for it: this node takes smaller frames
-    /// than the one before.
-    private func enqueue(
-        _ operation: BrokerRequest.Operation, _ completion: AMQPChannel.Completion
-    ) throws -> Bool {
-        let step = try step(for: operation, completion)
-        guard step.frame.count <= limits.frameLimit else {
-            _ = connection.restorationFailed(operation, tooLarge(step))
-            return false
-        }
-        topology.enqueue(step)
-        return true
-    }
-
-    /// Tries again what could not be declared again.
-    private func repeatFailed(_ now: MonotonicTime) throws {
-        repeatTime = .distantFuture
-        for operation in connection.topology.failed where try enqueue(operation, .repeated(operation)) {
-            repeatTime = now.advanced(by: connection.configuration.stallLimit)
-        }
-        if case .closed = topology.state, repeatTime != .distantFuture { try open(topology) }
-    }
-
     /// Until when the broker must have answered what is asked of it now.
     var answerLimit: MonotonicTime { MonotonicTime.now.advanced(by: connection.configuration.stallLimit) }
 
@@ -191,7 +156,7 @@ final class AMQPDriver: ConnectionDriver {
     func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest {
         let mayHaveMore = isReadable ? try read(now) : false
         try checkTimes(now)
-        if restoring == 0 {
+        if !restoration.isAwaited {
             for request in connection.takeRequests() { try begin(request) }
         }
         if connection.window.withLock({ $0.needsReset(now: now) }) { try resetPublishing(now) }
@@ -201,7 +166,10 @@ final class AMQPDriver: ConnectionDriver {
         let before = stream.sentCount
         let isFlushed = try stream.flush()
         if stream.sentCount > before { lastSent = now }
-        if isFlushed || stream.sentCount > lastSentCount {
+        // Its end is in what comes before it.
+        if stream.hasFailed { _ = try read(now) }
+        // A broker that blocks reads nothing for as long as it likes.
+        if isFlushed || isBlocked || stream.sentCount > lastSentCount {
             stuckSince = nil
             lastSentCount = stream.sentCount
         } else {
@@ -235,9 +203,9 @@ final class AMQPDriver: ConnectionDriver {
                     operation: "connection")
             }
         }
-        if restoring == 0, now >= repeatTime { try repeatFailed(now) }
+        try continueRestoration(now)
         // The heartbeats of a broker that reads nothing come all the same.
-        if let stuckSince, !isBlocked, now >= stuckSince.advanced(by: connection.configuration.stallLimit) {
+        if let stuckSince, now >= stuckSince.advanced(by: connection.configuration.stallLimit) {
             throw SocketError(
                 .lost, "the server has read nothing for \(connection.configuration.stallLimit) (stallLimit)")
         }
@@ -267,11 +235,6 @@ final class AMQPDriver: ConnectionDriver {
         }
         var steps = channel.takeAll()
         channels[channel.number] = AMQPChannel(number: channel.number, role: .retired)
-        let retiredCount = channels.values.count { if case .retired = $0.role { true } else { false } }
-        guard retiredCount <= Self.retiredLimit else {
-            throw EventsError(
-                .connectionLost, "the broker does not answer on \(retiredCount) channels", operation: "connection")
-        }
         switch channel.role {
         case .consuming(let consumer):
             for step in steps {
@@ -281,12 +244,15 @@ final class AMQPDriver: ConnectionDriver {
             connection.remove(consumer)
             consumer.fail(EventsError(.connectionLost, error.message, operation: "consume from \(consumer.queue)"))
         default:
-            guard let number = freeChannel() else { throw error }
+            guard retiredCount <= Self.retiredLimit, let number = freeChannel() else {
+                throw EventsError(
+                    .connectionLost, "the broker does not answer on \(retiredCount) channels", operation: "connection")
+            }
             topology = AMQPChannel(number: number, role: .topology)
             let failed = steps.removeFirst()
-            for step in steps { topology.enqueue(step.moved(to: number)) }
-            try open(topology)
+            for step in steps where try !givesUp(step, error) { topology.enqueue(step.moved(to: number)) }
             try complete(failed, on: topology, .failure(error))
+            try open(topology)
         }
     }
 
@@ -299,8 +265,9 @@ final class AMQPDriver: ConnectionDriver {
                 // No heartbeat is due while other bytes wait for the socket.
                 isFlushed ? lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)) : .distantFuture)
         }
-        if restoring == 0 { time = min(time, repeatTime) }
-        if let stuckSince, !isBlocked {
+        if restoration.isAwaited { time = min(time, restoration.limit) }
+        if restoration.pendingCount == 0, !isBlocked { time = min(time, restoration.repeatTime) }
+        if let stuckSince {
             time = min(time, stuckSince.advanced(by: connection.configuration.stallLimit))
         }
         if !isBlocked { for channel in channels.values { time = min(time, channel.limit) } }
@@ -333,11 +300,8 @@ final class AMQPDriver: ConnectionDriver {
             var blamed: BrokerRequest?
             switch stepInFlight(error)?.completion {
             case .request(let request): blamed = request
-            case .restored(let operation): _ = connection.restorationFailed(operation, error)
-            case .repeated(let operation):
-                // It has failed for a while, and must not end every connection.
-                _ = connection.restorationFailed(operation, error)
-                connection.topology.remove(operation)
+            case .restored(let operation):
+                connection.restorationFailed(operation, error, endedConnection: true)
             default: break
             }
             // Without a name, a message is to blame only where there was nothing else.
@@ -355,7 +319,10 @@ final class AMQPDriver: ConnectionDriver {
 
     /// The step that the broker has closed the connection for: the oldest of its method that is in flight.
     private func stepInFlight(_ error: any Error) -> AMQPChannel.Step? {
-        guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0 else { return nil }
+        // It may concern a method on a channel that was given up: then no other one is to blame.
+        guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0, retiredCount == 0 else {
+            return nil
+        }
         // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
         return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method &+ 1) }.first
     }

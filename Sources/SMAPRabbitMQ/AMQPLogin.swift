@@ -40,6 +40,7 @@ struct AMQPLogin {
         interrupt: Wakeup
     ) throws -> NegotiatedLimits {
         stream.append { $0 += Self.protocolHeader }
+        var failure: (any Error)?
         while true {
             // What comes behind the last reply stays in the parser.
             try parser.forEachFrame { frame in
@@ -51,13 +52,15 @@ struct AMQPLogin {
                 return stage != .done
             }
             if stage == .done { return limits }
+            // What came before the end says why.
+            if let failure { throw failure }
             try stream.wait(until: deadline, interrupt: interrupt) {
                 "login: no answer in time (is this the broker's port?)"
             }
             do {
                 _ = try stream.receive { parser.append($0) }
             } catch let error as SocketError where error.kind == .lost {
-                throw SocketError(.lost, "login: \(error.description)")
+                failure = SocketError(.lost, "login: \(error.description)")
             }
         }
     }

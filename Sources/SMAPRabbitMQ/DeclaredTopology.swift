@@ -2,65 +2,136 @@ internal import ConnectionThread
 internal import SMAPEvents
 internal import Synchronization
 
-/// What was declared through a transport, to be declared again after a loss: a broker may have come back empty.
+/// What was declared through a transport, to be declared again after a loss: a broker may have come back empty. Nothing of it
+/// is forgotten; what cannot be declared again is kept with the reason.
 final class DeclaredTopology: Sendable {
     /// A service that makes up names must not make memory grow; what is beyond is not restored.
     private static let limit = 10_000
+    /// So many declarations that have failed are tried again at a time: each may close its channel.
+    private static let repeatLimit = 32
+    /// A declaration for which the broker has closed the connection is left out for so long.
+    private static let exclusion = Duration.seconds(120)
+
+    /// Why a declaration is not there.
+    private struct Failure {
+        let operation: BrokerRequest.Operation
+        let since: MonotonicTime
+        var error: EventsError
+        var triedAt: MonotonicTime
+        /// Until when it is not sent at all.
+        var excludedUntil = MonotonicTime(nanoseconds: 0)
+
+        /// Whether the broker did not answer: then what comes behind it on its channel waits too.
+        var isSilent: Bool { error.code == .deadlineExceeded }
+    }
 
     private struct State {
         /// Each with the position at which it was declared first.
         var exchanges: [String: (position: Int, declaration: ExchangeDeclaration)] = [:]
         var queues: [QueueName: (position: Int, declaration: QueueDeclaration)] = [:]
         var bindings: [QueueBinding: Int] = [:]
-        /// What could not be declared again, by its description: since when, and why.
-        var failures: [String: (operation: BrokerRequest.Operation, since: MonotonicTime, error: EventsError)] = [:]
+        /// By the description of the declaration.
+        var failures: [String: Failure] = [:]
         var count: Int { exchanges.count + queues.count + bindings.count }
         var lastPosition = 0
+
+        /// All declarations, in the order in which they can be repeated.
+        var operations: [BrokerRequest.Operation] {
+            exchanges.values.sorted { $0.position < $1.position }.map { .declareExchange($0.declaration) }
+                + queues.values.sorted { $0.position < $1.position }.map { .declareQueue($0.declaration) }
+                + bindings.sorted { $0.value < $1.value }.map { .bind($0.key) }
+        }
     }
 
     private let state = Mutex(State())
 
-    /// All declarations, in the order in which they can be repeated; apart those that have failed for a while.
+    /// What is to be declared again on a new connection, in order, and what everything else waits for: not for what has been
+    /// failing for longer than `limit`.
     func operations(
-        failingFor limit: Duration, now: MonotonicTime
-    ) -> (current: [BrokerRequest.Operation], overdue: [BrokerRequest.Operation]) {
-        let failures = state.withLock { $0.failures }
-        guard !failures.isEmpty else { return (operations, []) }
-        let isOverdue = { (operation: BrokerRequest.Operation) in
-            failures["\(operation)"].map { $0.since.advanced(by: limit) <= now } ?? false
-        }
-        let all = operations
-        return (all.filter { !isOverdue($0) }, all.filter(isOverdue))
-    }
-
-    private var operations: [BrokerRequest.Operation] {
+        now: MonotonicTime, limit: Duration
+    ) -> [(operation: BrokerRequest.Operation, isAwaited: Bool)] {
         state.withLock { state in
-            state.exchanges.values.sorted { $0.position < $1.position }.map { .declareExchange($0.declaration) }
-                + state.queues.values.sorted { $0.position < $1.position }.map { .declareQueue($0.declaration) }
-                + state.bindings.sorted { $0.value < $1.value }.map { .bind($0.key) }
+            guard !state.failures.isEmpty else { return state.operations.map { ($0, true) } }
+            var silentQueues: Set<QueueName> = []
+            for failure in state.failures.values where failure.isSilent {
+                if case .declareQueue(let queue) = failure.operation { silentQueues.insert(queue.name) }
+            }
+            var current: [(BrokerRequest.Operation, Bool)] = []
+            var silent: [(BrokerRequest.Operation, Bool)] = []
+            for operation in state.operations {
+                let failure = state.failures["\(operation)"]
+                guard failure.map({ $0.excludedUntil <= now }) ?? true else { continue }
+                let isAwaited = failure.map { $0.since.advanced(by: limit) > now } ?? true
+                // Behind all others, with its bindings: it would hold them up.
+                let queue: QueueName? =
+                    switch operation {
+                    case .declareQueue(let queue): queue.name
+                    case .bind(let binding): binding.queue
+                    default: nil
+                    }
+                if failure?.isSilent == true || queue.map(silentQueues.contains) == true {
+                    silent.append((operation, isAwaited && failure == nil && queue.map(silentQueues.contains) != true))
+                } else {
+                    current.append((operation, isAwaited))
+                }
+            }
+            return current + silent
         }
     }
 
-    /// A declaration could not be repeated. Returns since when that has been so.
-    func failed(_ operation: BrokerRequest.Operation, _ error: EventsError, now: MonotonicTime) -> MonotonicTime {
+    /// Some of what has failed and can be tried again, in order; not what the broker did not answer, unless `includingSilent`.
+    func failed(now: MonotonicTime, includingSilent: Bool) -> [BrokerRequest.Operation] {
         state.withLock { state in
-            let since = state.failures["\(operation)"]?.since ?? now
-            state.failures["\(operation)"] = (operation, since, error)
-            return since
+            guard !state.failures.isEmpty else { return [] }
+            let due = state.failures.filter {
+                $0.value.excludedUntil <= now && (includingSilent || !$0.value.isSilent)
+            }
+            let chosen = Set(due.sorted { $0.value.triedAt < $1.value.triedAt }.prefix(Self.repeatLimit).map(\.key))
+            return state.operations.filter { chosen.contains("\($0)") }
         }
     }
 
-    /// A declaration was made again.
-    func repeated(_ operation: BrokerRequest.Operation) {
+    /// The bindings that need a queue or exchange.
+    func bindings(of operation: BrokerRequest.Operation) -> [BrokerRequest.Operation] {
         state.withLock { state in
-            if !state.failures.isEmpty { state.failures["\(operation)"] = nil }
+            let names = { (binding: QueueBinding) in
+                switch operation {
+                case .declareQueue(let queue): binding.queue == queue.name
+                case .declareExchange(let exchange): binding.exchange == exchange.name
+                default: false
+                }
+            }
+            return state.bindings.filter { names($0.key) }.sorted { $0.value < $1.value }.map { .bind($0.key) }
         }
     }
 
-    /// The declarations that could not be repeated, and can be tried again, in the order of ``operations``.
-    var failed: [BrokerRequest.Operation] {
-        let failures = state.withLock { $0.failures }
-        return failures.isEmpty ? [] : operations.filter { failures["\($0)"] != nil }
+    /// A declaration could not be repeated. True if the reason is a new one.
+    ///
+    /// - Parameter endedConnection: Whether the broker has closed the connection for it: that must not happen on each.
+    func failed(
+        _ operation: BrokerRequest.Operation, _ error: EventsError, now: MonotonicTime, limit: Duration,
+        endedConnection: Bool
+    ) -> Bool {
+        state.withLock { state in
+            let known = state.failures["\(operation)"]
+            var failure = Failure(operation: operation, since: known?.since ?? now, error: error, triedAt: now)
+            if endedConnection {
+                if error.code == .protocolViolation {
+                    failure.excludedUntil = .distantFuture
+                } else if failure.since.advanced(by: limit) <= now {
+                    failure.excludedUntil = now.advanced(by: Self.exclusion)
+                }
+            }
+            state.failures["\(operation)"] = failure
+            return known?.error.message != error.message
+        }
+    }
+
+    var hasFailures: Bool { state.withLock { !$0.failures.isEmpty } }
+
+    /// Whether a declaration is missing.
+    func isMissing(_ operation: BrokerRequest.Operation) -> Bool {
+        state.withLock { !$0.failures.isEmpty && $0.failures["\(operation)"] != nil }
     }
 
     /// What could not be declared again, a sentence each; of many the first three.
@@ -71,21 +142,8 @@ final class DeclaredTopology: Sendable {
         return texts.count > 3 ? texts.prefix(3) + ["topology: \(texts.count - 3) more declarations"] : texts
     }
 
-    /// Forgets a declaration.
-    func remove(_ operation: BrokerRequest.Operation) {
-        state.withLock { state in
-            switch operation {
-            case .declareExchange(let exchange): state.exchanges[exchange.name] = nil
-            case .declareQueue(let queue): state.queues[queue.name] = nil
-            case .bind(let binding): state.bindings[binding] = nil
-            default: break
-            }
-        }
-    }
-
     /// Remembers what was declared, once the broker has it.
     func insert(_ operation: BrokerRequest.Operation) {
-        repeated(operation)
         state.withLock { state in
             state.lastPosition += 1
             let isFull = state.count >= Self.limit
@@ -93,19 +151,20 @@ final class DeclaredTopology: Sendable {
             case .declareExchange(let exchange):
                 guard let known = state.exchanges[exchange.name] else {
                     if !isFull { state.exchanges[exchange.name] = (state.lastPosition, exchange) }
-                    return
+                    break
                 }
                 state.exchanges[exchange.name] = (known.position, exchange)
             case .declareQueue(let queue):
                 guard let known = state.queues[queue.name] else {
                     if !isFull { state.queues[queue.name] = (state.lastPosition, queue) }
-                    return
+                    break
                 }
                 state.queues[queue.name] = (known.position, queue)
             case .bind(let binding):
                 if state.bindings[binding] == nil, !isFull { state.bindings[binding] = state.lastPosition }
-            default: break
+            default: return
             }
+            if !state.failures.isEmpty { state.failures["\(operation)"] = nil }
         }
     }
 }

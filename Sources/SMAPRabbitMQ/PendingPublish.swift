@@ -36,6 +36,8 @@ final class PendingPublish: @unchecked Sendable {
     var tag: UInt64 = 0
     /// Where its first byte stands in the stream of that connection.
     var position: UInt64 = 0
+    /// How many connections have ended while it was under way.
+    var lossCount = 0
     /// Whether the broker may have closed a channel because of it.
     var isSuspect = false
 

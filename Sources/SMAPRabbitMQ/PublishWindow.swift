@@ -61,7 +61,7 @@ struct PublishWindow {
     static let precision = Duration.milliseconds(10)
     /// A destination of which nothing is confirmed for so long does not get what is in spare, and is named by `health`.
     private static let silenceLimit = Duration.seconds(5)
-    /// After so many losses in a row a message is to blame that ends each connection that it is written to.
+    /// A message that was under way at so many losses is suspected of having caused them.
     private static let lossLimit = 3
     /// How long suspects may go unanswered: one of them may go where nothing is confirmed.
     private static let suspectPatience = Duration.seconds(2)
@@ -104,8 +104,6 @@ struct PublishWindow {
     private var orphanBytes = 0
     /// How many suspects are on the wire and not answered.
     private var suspectCount = 0
-    /// How many connections in a row have ended with messages in flight and none confirmed.
-    private var losses = 0
     /// So many suspects are written at a time, to find the one that the broker closes the channel for.
     private var suspectGroup = 1
     /// Until when those that were written must be answered.
@@ -339,7 +337,6 @@ struct PublishWindow {
             suspectLimit = min(suspectLimit, now.advanced(by: Self.suspectPatience))
             return []
         }
-        suspectLimit = isTesting ? now.advanced(by: Self.suspectPatience) : .distantFuture
         let room = isTesting ? suspectGroup : .max
         var hasFreed = false
         while batch.count < room, let next = unsent.first, next.isSuspect == isTesting, let message = next.message {
@@ -377,6 +374,7 @@ struct PublishWindow {
             batch.append(next)
         }
         sent.append(contentsOf: batch)
+        suspectLimit = suspectCount > 0 ? now.advanced(by: Self.suspectPatience) : .distantFuture
         if hasFreed {
             admitWaiting(&resumptions)
             noteDrained(&resumptions)
@@ -453,7 +451,10 @@ struct PublishWindow {
         if publish.isAnswered { count(orphan: publish, -1) }
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
-        if publish.isSuspect { suspectCount -= 1 } else { losses = 0 }
+        if publish.isSuspect {
+            suspectCount -= 1
+            if suspectCount == 0 { suspectLimit = .distantFuture }
+        }
         publish.settle()
         settledCount += 1
         free(publish)
@@ -599,8 +600,15 @@ struct PublishWindow {
         blockedReason = error
         // The next broker may have other limits and permissions.
         refusals = PublishRefusals()
-        if sentCount > 0 { losses += 1 }
-        takeBack(written: sentBytes, blamed: isRefusal || losses >= Self.lossLimit ? error : nil, &resumptions)
+        var isSuspicious = false
+        for publish in sent where !publish.isSettled && !publish.isAnswered && publish.position < sentBytes {
+            publish.lossCount += 1
+            if publish.lossCount >= Self.lossLimit { isSuspicious = true }
+        }
+        // By its losses alone no message is known to be refused; and only those are suspected that were lost before.
+        let blamed =
+            isRefusal ? error : isSuspicious ? EventsError(.connectionLost, error.message, operation: "publish") : nil
+        takeBack(written: sentBytes, blamed: blamed, minimumLosses: isRefusal ? 0 : Self.lossLimit, &resumptions)
         return resumptions
     }
 
@@ -620,6 +628,12 @@ struct PublishWindow {
         if case .closed = mode { return }
         mode = .open
         blockedReason = nil
+    }
+
+    /// The broker takes messages again. It has answered none meanwhile.
+    mutating func unblocked(now: MonotonicTime) {
+        for index in shares.indices where shares[index].silentSince != nil { shares[index].silentSince = now }
+        if suspectCount > 0 { suspectLimit = now.advanced(by: Self.suspectPatience) }
     }
 
     /// Nothing can be written now, and callers wait.
@@ -729,7 +743,10 @@ struct PublishWindow {
     /// - Parameters:
     ///   - written: Up to where the stream may have left.
     ///   - blamed: Why the broker refused something of it, if it is not known what.
-    private mutating func takeBack(written: UInt64, blamed: EventsError?, _ resumptions: inout Resumptions) {
+    ///   - minimumLosses: How often a message was under way at a loss before it is suspected.
+    private mutating func takeBack(
+        written: UInt64, blamed: EventsError?, minimumLosses: Int = 0, _ resumptions: inout Resumptions
+    ) {
         var suspects = 0
         var inFlight = 0
         var wasInDoubt = false
@@ -752,6 +769,8 @@ struct PublishWindow {
         }
         dropAnswered(&resumptions)
         if let blamed {
+            // Those that were lost most often are the oldest.
+            suspects = unsent.prefix(suspects).prefix { $0.lossCount >= minimumLosses }.count
             isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)
         }
         admitWaiting(&resumptions)

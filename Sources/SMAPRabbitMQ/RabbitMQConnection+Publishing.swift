@@ -136,7 +136,10 @@ extension RabbitMQConnection {
     // MARK: The connection thread
 
     /// The publishing channel can be used.
-    func publishingOpened() { set(.openingChannel, nil) }
+    func publishingOpened() {
+        set(.failingChannel, nil)
+        set(.openingChannel, nil)
+    }
 
     /// The broker has closed the publishing channel. Returns whether there was anything on it.
     ///

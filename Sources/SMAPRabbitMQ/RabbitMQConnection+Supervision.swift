@@ -60,6 +60,7 @@ extension RabbitMQConnection {
     /// The broker takes no messages, or takes them again.
     func blocked(_ reason: String?) {
         guard let reason else {
+            window.withLock { $0.unblocked(now: .now) }
             set(.blockedByBroker, nil)
             logger.notice("the broker takes messages again", metadata: ["connection": "\(name)"])
             return change(to: .open)
@@ -130,6 +131,9 @@ extension RabbitMQConnection {
             if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
             shared.openedAt = nil
             shared.obstacles = [:]
+            shared.topologyProblem = nil
+            // The time in which there is no connection does not count.
+            if !wasOpen { shared.restorationBegan = nil }
             shared.failures += 1
             shared.reason = error
             shared.isPermanent = isPermanent
@@ -154,7 +158,7 @@ extension RabbitMQConnection {
             isRefused
             ? configuration.maximumReconnectDelay * Double.random(in: 0.5...1)
             // While a message is looked for that ends each connection, the others wait.
-            : configuration.backoff.delay(after: window.withLock { $0.isTesting } ? 1 : failures)
+            : configuration.backoff.delay(after: wasOpen && window.withLock { $0.isTesting } ? 1 : failures)
         // The first failure, and each after a pause that a person would notice.
         logger.log(
             level: failures == 1 || delay >= .seconds(1) ? .warning : .info, "no connection",
@@ -175,44 +179,40 @@ extension RabbitMQConnection {
 
     // MARK: The topology
 
-    /// What was declared before a loss is being declared again, before anything is published.
-    func restoring(_ count: Int) {
+    /// What was declared before a loss is being declared again, before anything is published. Returns until when everything
+    /// waits for it, on whichever connection it ends.
+    func restoring(_ count: Int) -> MonotonicTime {
         set(
             .restoringTopology,
             EventsError(
-                .connectionLost, "the topology is being declared again (\(count) declarations)", operation: "connection"
-            ))
+                .connectionLost, "the topology is being declared again (\(count) declarations)",
+                operation: "connection"))
+        return shared.withLock { shared in
+            let began = shared.restorationBegan ?? .now
+            shared.restorationBegan = began
+            return began.advanced(by: configuration.stallLimit)
+        }
     }
 
-    /// All of it has been answered.
+    /// All of it has been answered, or has had its time.
     func restored() {
+        shared.withLock { $0.restorationBegan = nil }
         set(.restoringTopology, nil)
     }
 
-    /// The broker has not declared something again. True if it is to be tried on another connection, while everything waits:
-    /// a cluster that is being formed refuses what it takes a moment later. What fails for longer, or is refused for good,
-    /// holds nothing up: it is tried again from time to time, and `health` tells.
-    func restorationFailed(_ operation: BrokerRequest.Operation, _ error: any Error) -> Bool {
+    /// The broker has not declared something again.
+    ///
+    /// - Parameter endedConnection: Whether it has closed the connection for it.
+    func restorationFailed(
+        _ operation: BrokerRequest.Operation, _ error: any Error, endedConnection: Bool = false
+    ) {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
-        let since = topology.failed(operation, error, now: .now)
-        let isFinal =
-            switch (error.code, operation) {
-            case (.accessRefused, _), (.topologyConflict, _), (.protocolViolation, _), (.invalidConfiguration, _): true
-            // It was waited for already.
-            case (.deadlineExceeded, _): true
-            // Its queue or exchange is not there.
-            case (.notFound, .bind): true
-            default: false
-            }
-        // The broker would close each connection for it.
-        if error.code == .protocolViolation { topology.remove(operation) }
-        let isRetried = !isFinal && since.advanced(by: configuration.stallLimit) > .now
+        let isNews = topology.failed(
+            operation, error, now: .now, limit: configuration.stallLimit, endedConnection: endedConnection)
+        guard isNews else { return }
         logger.warning(
-            isRetried
-                ? "a declaration failed after a reconnect and is tried again"
-                : "a declaration failed after a reconnect and is left out for now",
+            "a declaration failed after a reconnect, and is tried again",
             metadata: ["declaration": "\(operation)", "reason": "\(error.message)"])
-        return isRetried
     }
 
     /// The channel for declarations can be used.
@@ -223,7 +223,7 @@ extension RabbitMQConnection {
         let what = isForPublishing ? "publishing" : "declarations"
         if isForPublishing {
             set(
-                .openingChannel,
+                .failingChannel,
                 EventsError(
                     .connectionLost, "the channel for publishing cannot be opened: \(error.message)",
                     operation: "publish"))

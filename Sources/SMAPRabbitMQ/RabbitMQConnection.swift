@@ -22,6 +22,9 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     enum PublishObstacle: CaseIterable {
         case blockedByBroker
         case restoringTopology
+        /// It could not be opened, and is tried again.
+        case failingChannel
+        /// It will be open in a moment: nothing that `health` tells.
         case openingChannel
     }
 
@@ -36,6 +39,8 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         var hasOpened = false
         /// Failures in a row.
         var failures = 0
+        /// When what was declared began to be declared again, while everything waits for it.
+        var restorationBegan: MonotonicTime?
         var openings: [Opening] = []
         var requests: [ObjectIdentifier: BrokerRequest] = [:]
         var consumers: [ObjectIdentifier: Consumer] = [:]
@@ -136,7 +141,8 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
     var publishingProblems: [String] {
         let (state, reason, obstacles) = shared.withLock { ($0.state, $0.reason, $0.obstacles) }
         guard state == .open else { return ["publishing: \(state)" + (reason.map { ": \($0)" } ?? "")] }
-        var problems = PublishObstacle.allCases.compactMap { obstacles[$0].map { "publishing: \($0.message)" } }
+        var problems = PublishObstacle.allCases.filter { $0 != .openingChannel }
+            .compactMap { obstacles[$0].map { "publishing: \($0.message)" } }
         if let destination = window.withLock({ $0.unconfirmedDestination(now: .now) }) {
             problems.append("publishing: the broker does not confirm what goes to \(destination)")
         }

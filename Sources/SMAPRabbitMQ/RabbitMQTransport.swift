@@ -96,7 +96,10 @@ public final class RabbitMQTransport: EventTransport, Service {
     public func close(timeout: Duration = .seconds(10)) async {
         let deadline = ContinuousClock.now + timeout
         // One caller closes; others wait for that.
-        guard !isClosing.exchange(true, ordering: .relaxed) else { return await closed.wait(until: deadline) }
+        guard !isClosing.exchange(true, ordering: .relaxed) else {
+            // Also in a task that is cancelled.
+            return await Task { await closed.wait(until: deadline) }.value
+        }
         let publishConnection = publishing.withLock { slot in swap(&slot) }
         if case .connection(let connection) = publishConnection {
             // Handlers whose copies are confirmed meanwhile can still acknowledge.
@@ -122,7 +125,12 @@ public final class RabbitMQTransport: EventTransport, Service {
     }
 
     private var consumeConnection: RabbitMQConnection {
-        get throws { try connection(consuming, name: "consume", isForPublishing: false) }
+        get throws {
+            guard !isClosing.load(ordering: .relaxed) else {
+                throw EventsError(.closed, "the transport is closed", operation: "consume")
+            }
+            return try connection(consuming, name: "consume", isForPublishing: false)
+        }
     }
 
     private func connection(

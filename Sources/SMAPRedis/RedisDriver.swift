@@ -117,13 +117,19 @@ final class RedisDriver: ConnectionDriver {
 
     func runOnce(now: MonotonicTime, isReadable: Bool) throws -> PollInterest {
         // Read before written: a reply to `WAIT` lets go what was held back meanwhile.
-        while isReadable, let replies = try socket.read() {
+        if isReadable { try takeReplies() }
+        try socket.write { connection.takeUnsent(into: &$0, now: now) }
+        // Replies that have come before the end count.
+        if socket.hasFailed { try takeReplies() }
+        return PollInterest(writable: !socket.isFlushed)
+    }
+
+    private func takeReplies() throws {
+        while let replies = try socket.read() {
             guard connection.replied(replies, now: .now) else {
-                throw EventsError(.protocolViolation, "a reply that nobody asked for", operation: "redis")
+                throw EventsError(.protocolViolation, "a reply that was not asked for", operation: "redis")
             }
         }
-        try socket.write { connection.takeUnsent(into: &$0, now: now) }
-        return PollInterest(writable: !socket.isFlushed)
     }
 
     func finish(_ error: (any Error)?) {

@@ -14,6 +14,7 @@ final class RedisSocket {
     var descriptor: Int32 { stream.descriptor }
     /// Whether all that was to be written is.
     var isFlushed: Bool { stream.isFlushed }
+    var hasFailed: Bool { stream.hasFailed }
 
     /// Connects, and agrees on the encryption if there is to be one; blocks, bounded by the deadline.
     ///

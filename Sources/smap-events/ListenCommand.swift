@@ -53,7 +53,10 @@ struct ListenCommand: AsyncParsableCommand {
             ) {
                 try await printAll(of: subscription, $0)
             }
-            if let count, printed < count { throw ExitCode(1) }
+            if let count, printed < count {
+                Console.error("\(printed) of \(count) events came")
+                throw ExitCode(1)
+            }
         }
     }
 
@@ -99,7 +102,7 @@ struct ListenCommand: AsyncParsableCommand {
             try await group.run()
         }
         let problems = printed.problems.withLock { $0 }
-        guard problems.isEmpty else {
+        guard problems.isEmpty || printed.count.load(ordering: .relaxed) >= count ?? .max else {
             throw EventsError(.connectionFailed, problems.joined(separator: "; "), operation: "listen")
         }
         return printed.count.load(ordering: .relaxed)

@@ -107,7 +107,8 @@ import Testing
         }
     }
 
-    @Test func `a connection on which the broker answers nothing of what was declared before is given up`() async throws {
+    @Test func `a connection on which the broker answers nothing of what was declared before is given up`() async throws
+    {
         try await FaultProxy.withProxy(to: try await SharedStack.current.rabbitMQPort) { proxy in
             let connections = Locked(0)
             let logger = Logger(label: "test") { _ in

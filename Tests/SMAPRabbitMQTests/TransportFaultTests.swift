@@ -438,6 +438,26 @@ import Waiting
         }
     }
 
+    @Test func `health says nothing of a channel that is opened again in a moment`() async throws {
+        let opened = Atomic<Int>(0)
+        try await withTransport { received, connection in
+            switch received.kind {
+            case .channelOpen: return opened.add(1, ordering: .relaxed).newValue > 1
+            case .publish(let publish) where publish.routingKey == "bad.a":
+                connection.closeChannel(
+                    received.channel, code: 403, text: "ACCESS_REFUSED - access to exchange 'x' in vhost '/'",
+                    classID: 60, methodID: 40)
+                return true
+            default: return false
+            }
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            _ = await end { try await transport.publish(message("bad.a"), deadline: soon()) }
+            try await broker.waitUntil { _ in opened.load(ordering: .relaxed) == 2 }
+            #expect(await transport.health().problems == [])
+        }
+    }
+
     @Test func `where replies cannot be consumed, only requests fail`() async throws {
         try await withTransport { received, connection in
             guard case .consume = received.kind, received.channel == 2 else { return false }
@@ -904,17 +924,19 @@ import Waiting
             refusals.withLock { $0 = 2 }
             broker.connections[0].drop()
             #expect(await isConfirmed(over: transport))
-            #expect(broker.acceptedCount == 4)
-            let last = broker.received.filter { $0.connection == 4 }
+            // No more connections than the broker has ended.
+            let accepted = kind == "connection" ? 4 : 2
+            #expect(broker.acceptedCount == accepted)
+            let last = broker.received.filter { $0.connection == accepted }
             #expect(last.contains { if case .declareQueue("kept", false) = $0.kind { true } else { false } })
             #expect(last.contains { if case .bind = $0.kind { true } else { false } })
             // What goes on failing does not hold up everything for ever, and health tells.
             refusals.withLock { $0 = .max }
-            broker.connections[3].drop()
+            broker.connections.last?.drop()
             #expect(await isConfirmed(over: transport))
             #expect(
                 await transport.health().problems.contains { $0.contains("queue kept could not be declared again") })
-            // Nor is it forgotten, unless the broker ends each connection for it.
+            // Nor is it forgotten, and where the broker ends connections for it, it is left alone for minutes.
             if kind != "connection" {
                 refusals.withLock { $0 = 0 }
                 try await untilHealthy(transport)
@@ -1014,9 +1036,94 @@ import Waiting
             }
             #expect(repeated)
             #expect(await transport.health().problems.contains { $0.contains("queue bad") })
+            // It is asked again once the broker has got over it, and has closed that channel.
             isMute.withLock { $0 = false }
+            broker.connections[1].send(classID: 20, methodID: 41, channel: 1)
             try await untilHealthy(transport)
             #expect(broker.acceptedCount == 2)
+        }
+    }
+
+    @Test func `many declarations that fail after a loss hold up the others no longer than one`() async throws {
+        let isDown = Mutex(false)
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) {
+            received, connection in
+            guard case .declareQueue(let name, _) = received.kind, name.hasPrefix("bad"), isDown.withLock({ $0 }) else {
+                return false
+            }
+            connection.closeChannel(
+                received.channel, code: 404, text: "NOT_FOUND - home node of queue '\(name)' is down", classID: 50,
+                methodID: 10)
+            return true
+        } body: { transport, broker in
+            for number in 0..<20 {
+                try await transport.declare(QueueDeclaration(try QueueName("bad.\(number)")), deadline: soon())
+            }
+            #expect(await isConfirmed(over: transport))
+            isDown.withLock { $0 = true }
+            broker.connections[0].drop()
+            let limit = soon(4)
+            #expect(await end { try await transport.publish(message(), deadline: limit) } == "routed")
+            #expect(broker.acceptedCount == 2)
+            isDown.withLock { $0 = false }
+            try await untilHealthy(transport)
+        }
+    }
+
+    @Test func `a queue that can be declared again only later gets its bindings then`() async throws {
+        let isRefused = Mutex(false)
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) {
+            received, connection in
+            guard case .declareQueue("q", _) = received.kind, isRefused.withLock({ $0 }) else { return false }
+            connection.closeChannel(
+                received.channel, code: 406, text: "PRECONDITION_FAILED - inequivalent arg", classID: 50, methodID: 10)
+            return true
+        } body: { transport, broker in
+            try await transport.declare(QueueDeclaration("q"), deadline: soon())
+            try await transport.bind("q", to: "x", routingKey: "a.#", deadline: soon())
+            #expect(await isConfirmed(over: transport))
+            isRefused.withLock { $0 = true }
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            #expect(await transport.health().problems.contains { $0.contains("queue q could not be declared again") })
+            // The operator has deleted the queue of the old kind, and with it its bindings.
+            isRefused.withLock { $0 = false }
+            try await untilHealthy(transport)
+            let kinds = broker.received.filter { $0.connection == 2 }.compactMap { one -> String? in
+                switch one.kind {
+                case .declareQueue("q", _): "queue"
+                case .bind("q", _, _): "binding"
+                default: nil
+                }
+            }
+            #expect(kinds.last == "binding" && kinds.dropLast().last == "queue", "\(kinds)")
+        }
+    }
+
+    @Test func `an alarm that lasts longer than the stall limit costs no connection`() async throws {
+        let hasStopped = Mutex(false)
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) {
+            received, connection in
+            let isFirst = hasStopped.withLock { hasStopped in
+                defer { if received.publish != nil { hasStopped = true } }
+                return received.publish != nil && !hasStopped
+            }
+            if isFirst { connection.stopReading() }
+            return false
+        } body: { transport, broker in
+            async let ends = publish((0..<100).map { _ in message(size: 200_000) }, over: transport)
+            try await broker.waitUntil { !$0.publishes().isEmpty }
+            broker.connections[0].block("memory")
+            let end = soon()
+            while await !transport.health().problems.contains(where: { $0.contains("memory") }), .now < end {
+                try await Task.sleep(for: .milliseconds(5))
+            }
+            // The alarm itself.
+            try await Task.sleep(for: .seconds(2))
+            broker.connections[0].unblock()
+            broker.connections[0].resumeReading()
+            #expect(counts(await ends) == ["routed": 100])
+            #expect(broker.acceptedCount == 1)
         }
     }
 
