@@ -73,6 +73,7 @@ final class AMQPChannel {
         let exchange: String
         let routingKey: String
         var properties = MessageProperties()
+        var headers: HeaderTable?
         var expected: UInt64?
         var received: UInt64 = 0
         var body: [UInt8] = []

@@ -62,6 +62,7 @@ extension AMQPDriver {
             let (size, properties) = try decoder.header(frame)
             channel.assembly?.expected = size
             channel.assembly?.properties = Self.properties(properties)
+            if case .delivery = channel.assembly?.kind { channel.assembly?.headers = Self.headerTable(frame.payload) }
             if size > UInt64(connection.configuration.maximumBodySize) { channel.assembly?.dropsBody = true }
             if channel.assembly?.dropsBody == false { channel.assembly?.body.reserveCapacity(Int(size)) }
             try completeMessage(channel)
@@ -209,7 +210,8 @@ extension AMQPDriver {
     private func delivery(_ assembly: AMQPChannel.Assembly, _ tag: UInt64, _ isRedelivered: Bool) -> InboundDelivery {
         InboundDelivery(
             tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey, isRedelivered: isRedelivered,
-            properties: assembly.properties, body: assembly.body, isTruncated: assembly.dropsBody)
+            properties: assembly.properties, body: assembly.body, isTruncated: assembly.dropsBody,
+            headerTable: assembly.headers)
     }
 
     /// Gives consumers what one read has brought them, under one lock each.

@@ -37,7 +37,11 @@ extension AMQPDriver {
             messageID: text(AMQP_BASIC_MESSAGE_ID_FLAG, raw.message_id), type: text(AMQP_BASIC_TYPE_FLAG, raw.type),
             appID: text(AMQP_BASIC_APP_ID_FLAG, raw.app_id),
             correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id),
-            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to))
+            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to),
+            contentEncoding: text(AMQP_BASIC_CONTENT_ENCODING_FLAG, raw.content_encoding),
+            priority: raw._flags & amqp_flags_t(AMQP_BASIC_PRIORITY_FLAG) != 0 ? raw.priority : nil,
+            expiration: text(AMQP_BASIC_EXPIRATION_FLAG, raw.expiration),
+            userID: text(AMQP_BASIC_USER_ID_FLAG, raw.user_id))
         if raw._flags & amqp_flags_t(AMQP_BASIC_TIMESTAMP_FLAG) != 0 {
             properties.timestamp = Date(timeIntervalSince1970: Double(raw.timestamp))
         }
@@ -48,6 +52,23 @@ extension AMQPDriver {
             }
         }
         return properties
+    }
+
+    /// The headers in the payload of a header frame, which stand behind `content_type` and `content_encoding` (AMQP 0-9-1,
+    /// class basic). The library has decoded it before.
+    static func headerTable(_ payload: UnsafeRawBufferPointer) -> HeaderTable? {
+        let flags = amqp_flags_t(payload.bigEndian(at: 12, as: UInt16.self))
+        guard flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0 else { return nil }
+        var position = 14
+        for flag in [AMQP_BASIC_CONTENT_TYPE_FLAG, AMQP_BASIC_CONTENT_ENCODING_FLAG]
+        where flags & amqp_flags_t(flag) != 0 {
+            guard position < payload.count else { return nil }
+            position += 1 + Int(payload[position])
+        }
+        guard payload.count - position >= 4 else { return nil }
+        let length = Int(payload.bigEndian(at: position, as: UInt32.self))
+        guard length <= payload.count - position - 4 else { return nil }
+        return HeaderTable(bytes: Array(payload[position + 4..<position + 4 + length]))
     }
 
     static func headerValue(_ field: amqp_field_value_t) -> MessageProperties.HeaderValue? {

@@ -85,6 +85,27 @@ struct EncodedMessage: Sendable {
         return layout
     }
 
+    /// Puts headers into a finished header frame, behind `content_type` and `content_encoding`.
+    ///
+    /// - Parameter header: Where the frame begins.
+    private static func insert(
+        _ table: HeaderTable, into frames: inout [UInt8], header: Int, _ properties: MessageProperties
+    ) {
+        // Type, channel, size, class, weight, body size (AMQP 0-9-1, 2.3.5.2).
+        let flags = header + 19
+        frames[flags] |= UInt8(AMQP_BASIC_HEADERS_FLAG >> 8)
+        let before = [properties.contentType, properties.contentEncoding].reduce(0) {
+            $0 + ($1.map { 1 + $0.utf8.count } ?? 0)
+        }
+        var field: [UInt8] = []
+        field.reserveCapacity(4 + table.bytes.count)
+        field.append(bigEndian: UInt32(table.bytes.count))
+        field += table.bytes
+        frames.insert(contentsOf: field, at: flags + 2 + before)
+        let size = frames.withUnsafeBytes { $0.bigEndian(at: header + 3, as: UInt32.self) } + UInt32(field.count)
+        frames.withUnsafeMutableBytes { $0.put(size, at: header + 3) }
+    }
+
     // MARK: Any message
 
     private enum Value {
@@ -107,12 +128,17 @@ struct EncodedMessage: Sendable {
         let exchange = append(message.exchange)
         let routingKey = append(message.routingKey)
         let contentType = source.contentType.map(append)
+        let contentEncoding = source.contentEncoding.map(append)
+        let expiration = source.expiration.map(append)
+        let userID = source.userID.map(append)
         let correlationID = source.correlationID.map(append)
         let replyTo = source.replyTo.map(append)
         let messageID = source.messageID.map(append)
         let type = source.type.map(append)
         let appID = source.appID.map(append)
-        let headers = source.headers.map { name, value -> (name: Range<Int>, value: Value) in
+        // A copy has its headers laid out already.
+        let sourceHeaders = message.headerTable == nil ? source.headers : [:]
+        let headers = sourceHeaders.map { name, value -> (name: Range<Int>, value: Value) in
             let name = append(name)
             switch value {
             case .string(let text): return (name, .string(append(text)))
@@ -142,6 +168,13 @@ struct EncodedMessage: Sendable {
                 properties._flags |= amqp_flags_t(flag)
             }
             set(contentType, \.content_type, AMQP_BASIC_CONTENT_TYPE_FLAG)
+            set(contentEncoding, \.content_encoding, AMQP_BASIC_CONTENT_ENCODING_FLAG)
+            set(expiration, \.expiration, AMQP_BASIC_EXPIRATION_FLAG)
+            set(userID, \.user_id, AMQP_BASIC_USER_ID_FLAG)
+            if let priority = source.priority {
+                properties.priority = priority
+                properties._flags |= amqp_flags_t(AMQP_BASIC_PRIORITY_FLAG)
+            }
             set(correlationID, \.correlation_id, AMQP_BASIC_CORRELATION_ID_FLAG)
             set(replyTo, \.reply_to, AMQP_BASIC_REPLY_TO_FLAG)
             set(messageID, \.message_id, AMQP_BASIC_MESSAGE_ID_FLAG)
@@ -171,18 +204,20 @@ struct EncodedMessage: Sendable {
                     properties.headers = amqp_table_t(num_entries: Int32(headers.count), entries: entries.baseAddress)
                     properties._flags |= amqp_flags_t(AMQP_BASIC_HEADERS_FLAG)
                 }
-                var largest = 0
-                let frames = try [UInt8](unsafeUninitializedCapacity: bound) { buffer, count in
+                var methodLength = 0
+                var frames = try [UInt8](unsafeUninitializedCapacity: bound) { buffer, count in
                     let room = UnsafeMutableRawBufferPointer(buffer)
-                    let methodLength = try MethodEncoder.put(
+                    methodLength = try MethodEncoder.put(
                         AMQP_BASIC_PUBLISH_METHOD, on: channel, &method, into: room)
                     let headerLength = try MethodEncoder.put(
                         &properties, bodySize: message.body.count, on: channel,
                         into: UnsafeMutableRawBufferPointer(rebasing: room[methodLength...]))
-                    largest = max(methodLength, headerLength)
                     count = methodLength + headerLength
                 }
-                return (frames, largest)
+                if let table = message.headerTable {
+                    insert(table, into: &frames, header: methodLength, source)
+                }
+                return (frames, max(methodLength, frames.count - methodLength))
             }
         }
     }

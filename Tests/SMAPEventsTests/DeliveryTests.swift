@@ -224,6 +224,91 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `a message is retried and dead-lettered with its history, whatever is in its headers`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.attempt)")
+                throw Failure()
+            }
+            let subscription = subscription {
+                $0.retry = RetryPolicy(maximumAttempts: 3, rungs: [.milliseconds(1)], hasJitter: false)
+            }
+            try await harness.withSubscriber(subscription, router) {
+                let event = EventEnvelope(
+                    routingKey: Numbered.routingKey, service: "s", schemaVersion: 1, data: Array(#"{"number":1}"#.utf8))
+                // As another client may send it: ours does not.
+                let delivery = InboundDelivery(
+                    tag: 1, exchange: ExchangeName.events, routingKey: Numbered.routingKey.rawValue,
+                    isRedelivered: false,
+                    properties: MessageProperties(
+                        messageID: "line\nbreak",
+                        headers: ["trace": .string("at a\n\tat b"), "x-request-id": .string("r"), "cc": .string("q")]),
+                    body: try event.serialized())
+                _ = try await harness.broker.publish(
+                    delivery.copy(to: ExchangeName.requeue, queue: queue, headers: [:]), deadline: .now + .seconds(5))
+                try await until { harness.broker.messages(in: queue.deadLetterQueue).count == 1 }
+            }
+            #expect(log.all == ["1", "2", "3"])
+            let properties = harness.broker.messages(in: queue.deadLetterQueue).first?.properties
+            #expect(properties?.headers["x-smap-error-type"] == .string("Failure"))
+            #expect(properties?.headers["x-smap-attempts"] == .integer(3))
+            #expect(properties?.headers["trace"] == .string("at a\n\tat b"))
+            #expect(properties?.headers["x-request-id"] == .string("r"))
+            #expect(properties?.headers["cc"] == nil)
+            #expect(properties?.messageID == "line\nbreak")
+        }
+    }
+
+    @Test func `the broker's key chooses the handler, and the payload's only where none takes that`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(matching: "user.registered") { _ in
+                log.add("user")
+                return .acknowledge
+            }
+            router.on(matching: "email.#") { _ in
+                log.add("email")
+                return .acknowledge
+            }
+            var subscription = subscription { _ in }
+            subscription.bindings = ["#"]
+            try await harness.withSubscriber(subscription, router) {
+                let body = Array(#"{"event_id":"e","payload":{"routing_key":"user.registered","data":{}}}"#.utf8)
+                for key in ["email.sent", "moved.by.hand"] {
+                    _ = try await harness.broker.publish(
+                        OutboundMessage(
+                            exchange: ExchangeName.events, routingKey: key, properties: MessageProperties(), body: body),
+                        deadline: .now + .seconds(5))
+                    try await until { log.all.count == (key == "email.sent" ? 1 : 2) }
+                }
+            }
+            #expect(log.all == ["email", "user"])
+        }
+    }
+
+    @Test(arguments: [EventsError.Code.undecodable, .unhandled])
+    func `a handler's own error is a failure of the handler, whatever its code`(code: EventsError.Code) async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.attempt)")
+                if delivery.attempt == 1 { throw EventsError(code, "another service's reply", operation: "ask") }
+                return .acknowledge
+            }
+            let subscription = subscription { $0.retry = RetryPolicy(rungs: [.milliseconds(1)]) }
+            try await harness.withSubscriber(subscription, router) {
+                try await harness.publisher.publish(Numbered(number: 1))
+                try await until { log.all.count == 2 && harness.broker.isSettled(queue) }
+            }
+            #expect(log.all == ["1", "2"])
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
     @Test func `a message that comes again and again without an answer is dead-lettered as poison`() async throws {
         try await EventsTestHarness.withHarness { harness in
             let log = Log()

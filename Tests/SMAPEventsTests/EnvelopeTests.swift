@@ -82,7 +82,8 @@ func fixture(_ name: String) throws -> [UInt8] {
         ("2025-12-05T10:30:45.1Z", 1_764_930_645.1), ("2025-12-05T10:30:45.123456789Z", 1_764_930_645.123456789),
         ("2025-12-05T17:30:45+07:00", 1_764_930_645), ("2025-12-05T05:00:45-05:30", 1_764_930_645),
         ("2024-02-29T00:00:00Z", 1_709_164_800), ("1969-12-31T23:59:59.500Z", -0.5),
-        ("2000-03-01T00:00:00z", 951_868_800),
+        ("2000-03-01T00:00:00z", 951_868_800), ("2025-12-05T17:30:45+07", 1_764_930_645),
+        ("2025-12-05T17:30:45+0700", 1_764_930_645), ("2025-12-05T10:30:45.12345678901Z", 1_764_930_645.123456789),
     ])
     func `timestamps are read in every form that siblings write`(written: String, seconds: Double) throws {
         let body = #"{"event_id":"e","timestamp":"\#(written)","payload":{}}"#
@@ -92,7 +93,8 @@ func fixture(_ name: String) throws -> [UInt8] {
 
     @Test(arguments: [
         "yesterday", "2025-13-01T00:00:00Z", "2025-02-29T00:00:00Z", "2025-01-01", "2025-01-01T25:00:00Z",
-        "2025-01-01T00:00:00.Z", "2025-01-01T00:00:00Zx", "2025-01-01T00:00:00+7",
+        "2025-01-01T00:00:00.Z", "2025-01-01T00:00:00Zx", "2025-01-01T00:00:00+7", "2025-01-01T00:00:00+07:",
+        "2025-01-01T00:00:00+070",
     ])
     func `timestamps that are none are refused`(written: String) {
         let body = #"{"event_id":"e","timestamp":"\#(written)","payload":{}}"#
@@ -120,6 +122,29 @@ func fixture(_ name: String) throws -> [UInt8] {
         }
     }
 
+    @Test func `what other languages write for nothing, for numbers and before UTF-8 is understood`() throws {
+        let fallback = Date(timeIntervalSince1970: 7)
+        func read(_ body: String, key: String? = "a.b") throws -> EventEnvelope {
+            try EventEnvelope(parsing: Array(body.utf8), routingKey: key, timestamp: fallback)
+        }
+        #expect(
+            try read("\u{FEFF}" + #"{"event_id":"e","payload":{"data":{"n":1.50}}}"#).data == Array(#"{"n":1.50}"#.utf8)
+        )
+        let empty = try read(#"{"event_id":"e","timestamp":"","payload":{"project_id":"","idempotency_key":""}}"#)
+        #expect(empty.projectID == nil && empty.idempotencyKey == nil && empty.timestamp == fallback)
+        #expect(try read(#"{"event_id":"e","timestamp":"0001-01-01T00:00:00Z","payload":{}}"#).timestamp == fallback)
+        for (number, seconds) in [("1764930645", 1_764_930_645.0), ("1764930645123", 1_764_930_645.123), ("1.5", 1.5)] {
+            let time = try read(#"{"event_id":"e","timestamp":\#(number),"payload":{}}"#).timestamp
+            #expect(abs(time.timeIntervalSince1970 - seconds) < 1e-6)
+        }
+        let numbers = try read(#"{"event_id":7,"payload":{"project_id":42}}"#)
+        #expect(numbers.eventID.rawValue == "7" && numbers.projectID?.rawValue == "42")
+        // A key that is none does not hide the one that the message came with.
+        #expect(try read(#"{"event_id":"e","payload":{"routing_key":"No Key"}}"#).routingKey == "a.b")
+        #expect(throws: EventsError.self) { try read(#"{"event_id":"e","timestamp":1e300,"payload":{}}"#) }
+        #expect(throws: EventsError.self) { try read("\u{FEFF}\u{FEFF}" + #"{"event_id":"e","payload":{}}"#) }
+    }
+
     @Test func `the siblings' events decode`() throws {
         let created = try EventEnvelope(parsing: fixture("project.created.sibling"), routingKey: "project.created")
         #expect(created.eventID.rawValue == "evt_001")
@@ -144,7 +169,7 @@ func fixture(_ name: String) throws -> [UInt8] {
     @Test(arguments: [
         ("not json", "not a JSON object"), ("", "not a JSON object"), ("[1]", "not a JSON object"),
         (#"{"event_id":"e"}"#, "payload"), (#"{"event_id":"e","payload":[]}"#, "payload"),
-        (#"{"payload":{}}"#, "event_id"), (#"{"event_id":7,"payload":{}}"#, "event_id"),
+        (#"{"payload":{}}"#, "event_id"), (#"{"event_id":true,"payload":{}}"#, "event_id"),
         (#"{"event_id":"","payload":{}}"#, "event id"), (#"{"event_id":"e","payload":{}} x"#, "text after"),
         (#"{"event_id":"e","payload":{"project_id":"a:b"}}"#, "project id"),
         (#"{"event_id":"e","payload":{"a":01}}"#, "not a JSON"), (#"{"event_id":"e","payload":{"a":"\x"}}"#, "escape"),

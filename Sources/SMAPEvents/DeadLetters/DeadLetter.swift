@@ -50,7 +50,7 @@ public struct DeadLetter: Sendable {
         }
     }
 
-    /// A copy to bring back: the original body, attempts begun anew, marked as replayed.
+    /// A copy to bring back: the original message, attempts counted from the beginning, marked as replayed.
     func replay(to queue: QueueName) -> OutboundMessage {
         delivery.copy(
             to: ExchangeName.requeue, queue: queue,

@@ -61,8 +61,8 @@ public struct DeadLetterQueue: Sendable {
         return count.withLock { $0 }
     }
 
-    /// Brings dead letters back to the queue that they come from, with their original body, key and exchange; their attempts
-    /// begin anew, and the header `x-smap-replays` counts.
+    /// Brings dead letters back to the queue that they come from, with their original body, properties, headers, key and
+    /// exchange; their attempts are counted from the beginning, and the header `x-smap-replays` counts.
     ///
     /// Each is taken off only after its copy is confirmed to be in the queue: whatever dies in between leaves a duplicate
     /// under the same event id, which an inbox catches, and never a loss. Those that fail again come here again, and are not

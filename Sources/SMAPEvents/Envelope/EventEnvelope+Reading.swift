@@ -7,8 +7,11 @@ public import Foundation
 extension EventEnvelope {
     /// Reads an envelope as this service or its siblings write it.
     ///
-    /// - `event_id` may be any text of up to 255 bytes.
-    /// - `timestamp` may have 0 to 9 fractional digits, an offset or no zone (then UTC), or be missing.
+    /// - A byte order mark before it is ignored.
+    /// - `event_id` may be any text of up to 255 bytes, or a number.
+    /// - `timestamp` may have fractional digits, an offset (`+07:00`, `+0700`, `+07`) or no zone (then UTC), be a number of
+    ///   seconds (of milliseconds from 10¹¹ on), or be missing. Go's zero time counts as absent.
+    /// - `project_id` may be a number; empty, it counts as absent, and so does an empty `idempotency_key`.
     /// - `payload` may be flat; then the payload itself is the data.
     /// - `null` counts as absent, and unknown fields are ignored. Where a name stands twice, the last one counts.
     ///
@@ -33,15 +36,9 @@ extension EventEnvelope {
         var payload: Range<Int>?
         try JSONText.readObject(span) { member in
             if JSONText.token(member.name, in: span, is: "event_id") {
-                eventID = try JSONText.optionalString(member.value, in: span, field: "event_id")
+                eventID = try JSONText.optionalID(member.value, in: span, field: "event_id")
             } else if JSONText.token(member.name, in: span, is: "timestamp") {
-                if let text = try JSONText.optionalString(member.value, in: span, field: "timestamp") {
-                    guard let date = RFC3339.date(from: text) else {
-                        throw JSONText.Failure(
-                            reason: "timestamp is not an RFC 3339 time", offset: member.value.lowerBound)
-                    }
-                    timestamp = date
-                }
+                timestamp = try time(member.value, in: span)
             } else if JSONText.token(member.name, in: span, is: "payload") {
                 payload = member.value
             }
@@ -64,19 +61,34 @@ extension EventEnvelope {
                 // A flat payload may have a field of this name that is something else.
                 nested = span[member.value.lowerBound] == UInt8(ascii: "{") ? member.value : nil
             } else if JSONText.token(member.name, in: span, is: "project_id") {
-                envelope.projectID = try text("project_id").map { try ProjectID($0) }
+                let id = try JSONText.optionalID(member.value, in: span, field: "payload.project_id")
+                envelope.projectID = try id.flatMap { $0.isEmpty ? nil : try ProjectID($0) }
             } else if JSONText.token(member.name, in: span, is: "service") {
                 envelope.service = try text("service")
             } else if JSONText.token(member.name, in: span, is: "routing_key") {
                 namedKey = try text("routing_key")
             } else if JSONText.token(member.name, in: span, is: "idempotency_key") {
-                envelope.idempotencyKey = try text("idempotency_key")
+                envelope.idempotencyKey = try text("idempotency_key").flatMap { $0.isEmpty ? nil : $0 }
             } else if JSONText.token(member.name, in: span, is: "schema_version") {
                 envelope.schemaVersion = Int(JSONText.copy(member.value, of: span))
             }
         }
-        envelope.routingKey = (namedKey ?? key).flatMap { try? RoutingKey($0) }
+        envelope.routingKey = namedKey.flatMap { try? RoutingKey($0) } ?? key.flatMap { try? RoutingKey($0) }
         envelope.data = JSONText.copyBytes(nested ?? payload, of: span)
         return envelope
+    }
+
+    /// A timestamp in one of its forms; nil where it counts as absent.
+    private static func time(_ value: Range<Int>, in span: Span<UInt8>) throws -> Date? {
+        let failure = JSONText.Failure(reason: "timestamp is not an RFC 3339 time", offset: value.lowerBound)
+        if JSONText.isNumber(value, in: span) {
+            guard let number = Double(JSONText.copy(value, of: span)), abs(number) < 1e15 else { throw failure }
+            return Date(timeIntervalSince1970: abs(number) >= 1e11 ? number / 1_000 : number)
+        }
+        guard let text = try JSONText.optionalString(value, in: span, field: "timestamp"), !text.isEmpty else {
+            return nil
+        }
+        guard let date = RFC3339.date(from: text) else { throw failure }
+        return text.hasPrefix("0001-01-01T00:00:00") ? nil : date
     }
 }

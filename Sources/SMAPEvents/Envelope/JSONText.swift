@@ -27,6 +27,8 @@ enum JSONText {
     static func readObject(_ bytes: Span<UInt8>, _ body: (Member) throws -> Void) throws {
         var index = 0
         try checkUTF8(bytes)
+        // Windows programs put a byte order mark before UTF-8 (RFC 8259, 8.1: it may be ignored).
+        if bytes.count >= 3, bytes[0] == 0xEF, bytes[1] == 0xBB, bytes[2] == 0xBF { index = 3 }
         skipSpace(bytes, &index)
         guard index < bytes.count, bytes[index] == UInt8(ascii: "{") else {
             throw Failure(reason: "not a JSON object", offset: index)
@@ -85,6 +87,16 @@ enum JSONText {
         }
         var index = range.lowerBound
         return try text(of: string(bytes, &index), in: bytes)
+    }
+
+    /// The same, for an id that some write as a number: then the number's text.
+    static func optionalID(_ range: Range<Int>, in bytes: Span<UInt8>, field: String) throws -> String? {
+        isNumber(range, in: bytes) ? copy(range, of: bytes) : try optionalString(range, in: bytes, field: field)
+    }
+
+    /// Whether the value at `range` is a number.
+    static func isNumber(_ range: Range<Int>, in bytes: Span<UInt8>) -> Bool {
+        bytes[range.lowerBound] == UInt8(ascii: "-") || (0x30...0x39).contains(bytes[range.lowerBound])
     }
 
     /// A string with its escapes resolved.

@@ -48,7 +48,8 @@ enum RFC3339 {
         return String(decoding: bytes, as: UTF8.self)
     }
 
-    /// Reads `2025-12-05T10:30:45`, with 0 to 9 fractional digits, and `Z`, an offset, or no zone at all (then UTC).
+    /// Reads `2025-12-05T10:30:45`, with fractional digits, of which nine count, and `Z`, an offset, or no zone at all (then
+    /// UTC).
     /// Nil for anything else, dates that do not exist included.
     static func date(from text: String) -> Date? {
         let bytes = Array(text.utf8)
@@ -86,12 +87,14 @@ enum RFC3339 {
             }
             guard digits > 0 else { return nil }
             for _ in digits..<9 { nanoseconds *= 10 }
+            while number(1) != nil {}
         }
         var offset = 0
         if let sign = take("+-") {
             guard let hours = number(2), hours < 24 else { return nil }
-            _ = take(":")
-            guard let minutes = number(2), minutes < 60 else { return nil }
+            let hasColon = take(":") != nil
+            let minutes = index == bytes.count && !hasColon ? 0 : number(2)
+            guard let minutes, minutes < 60 else { return nil }
             offset = (hours * 60 + minutes) * (sign == UInt8(ascii: "-") ? -60 : 60)
         } else {
             _ = take("Zz")

@@ -113,7 +113,9 @@ public struct LegacyEmailMessage: Sendable, Hashable {
         }
         let wire: Wire
         do {
-            wire = try decoder.decode(Wire.self, from: Data(body))
+            // A byte order mark before it is ignored.
+            wire = try decoder.decode(
+                Wire.self, from: Data(body.starts(with: [0xEF, 0xBB, 0xBF]) ? body[3...] : body[...]))
         } catch {
             throw EventsError(.undecodable, "not a legacy mail message", operation: "decode")
         }

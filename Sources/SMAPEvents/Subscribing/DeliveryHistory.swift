@@ -15,9 +15,16 @@ package enum HistoryHeader {
     package static let errorType = "x-smap-error-type"
     package static let replays = "x-smap-replays"
 
+    /// What the message had as properties, which copies cannot have.
+    static let userID = "x-smap-user-id"
+    static let expiration = "x-smap-expiration"
+
     static let all: Set<String> = [
-        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays,
+        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays, expiration,
     ]
+
+    /// Headers of brokers and plugins that act on a message, or tell of what they did with it.
+    static let steering: Set<String> = ["cc", "bcc", "x-death", "x-delivery-count", "x-delay", "x-stream-offset"]
 }
 
 extension InboundDelivery {
@@ -25,11 +32,17 @@ extension InboundDelivery {
     /// its key, and the original in its headers. Elsewhere such headers are somebody else's, and mean nothing.
     package func restored() -> InboundDelivery {
         guard exchange == ExchangeName.requeue || exchange == ExchangeName.deadLetters else { return self }
+        var properties = properties
+        properties.userID = text(HistoryHeader.userID)
+        properties.expiration = text(HistoryHeader.expiration)
+        // What another consumer has rejected bears the broker's own record.
+        let death = text(HistoryHeader.exchange) == nil ? headerTable?.firstDeath : nil
         return InboundDelivery(
-            tag: tag, exchange: text(HistoryHeader.exchange) ?? exchange,
-            routingKey: text(HistoryHeader.routingKey) ?? properties.type ?? routingKey, isRedelivered: isRedelivered,
-            properties: properties, body: body, receivedAt: receivedAt, isTruncated: isTruncated,
-            // Those of a dead letter are over; whoever consumes it begins anew.
+            tag: tag, exchange: text(HistoryHeader.exchange) ?? death?.exchange ?? exchange,
+            routingKey: text(HistoryHeader.routingKey) ?? death?.routingKey ?? properties.type ?? routingKey,
+            isRedelivered: isRedelivered, properties: properties, body: body, receivedAt: receivedAt,
+            isTruncated: isTruncated, headerTable: headerTable,
+            // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
                 ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
     }
@@ -48,29 +61,44 @@ extension InboundDelivery {
     func failedOnce() -> InboundDelivery {
         InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
-            body: body, receivedAt: receivedAt, isTruncated: isTruncated, failedAttempts: failedAttempts + 1)
+            body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: headerTable,
+            failedAttempts: failedAttempts + 1)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.
     ///
-    /// Headers that a broker or anybody else has put beside ours (`x-…`, `CC`, `BCC`) stay behind: they would steer the
-    /// copy.
+    /// Body, properties and headers are those of the original, but for what would steer the copy: `CC`, `BCC`, and what
+    /// brokers note of deaths, delays and deliveries. `user_id` would have to be our own user (RabbitMQ guide, "Validated
+    /// User-ID"), and `expiration` would shorten a pause or delete a dead letter: both travel in headers of ours.
     ///
-    /// - Parameter reset: Whether its attempts begin anew.
+    /// - Parameter reset: Whether its attempts are counted from the beginning, and it may expire again.
     package func copy(
         to exchange: String, queue: QueueName, headers: [String: MessageProperties.HeaderValue], reset: Bool = false
     ) -> OutboundMessage {
         var properties = properties
-        properties.headers = properties.headers.filter { name, _ in
+        var table = headerTable ?? HeaderTable(properties.headers)
+        let isLeftBehind = { (name: String) in
             let name = name.lowercased()
-            if HistoryHeader.all.contains(name) { return !reset }
-            return name != "cc" && name != "bcc" && (!name.hasPrefix("x-") || name.hasPrefix("x-smap-"))
+            return HistoryHeader.steering.contains(name) || name.hasPrefix("x-first-death-")
+                || name.hasPrefix("x-last-death-") || (reset && HistoryHeader.all.contains(name))
         }
-        properties.headers[HistoryHeader.exchange] = .string(self.exchange)
-        properties.headers[HistoryHeader.routingKey] = .string(routingKey)
-        properties.headers.merge(headers) { $1 }
+        properties.headers = properties.headers.filter { !isLeftBehind($0.key) }
+        table.removeAll(where: isLeftBehind)
+        var added = headers
+        added[HistoryHeader.exchange] = .string(self.exchange)
+        added[HistoryHeader.routingKey] = .string(routingKey)
+        if let userID = properties.userID { added[HistoryHeader.userID] = .string(userID) }
+        properties.userID = nil
+        if !reset {
+            if let expiration = properties.expiration { added[HistoryHeader.expiration] = .string(expiration) }
+            properties.expiration = nil
+        }
+        for (name, value) in added.sorted(by: { $0.key < $1.key }) {
+            properties.headers[name] = value
+            table.set(name, value)
+        }
         return OutboundMessage(
-            exchange: exchange, routingKey: queue.rawValue, properties: properties, body: body)
+            copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, body: body)
     }
 
     /// What a copy says of the failures so far.

@@ -60,7 +60,13 @@ struct DeliveryProcessor: Sendable {
                 errorType: "poison")
         }
         let envelope: EventEnvelope
-        do { envelope = try router.envelope(of: delivery) } catch {
+        let handler: EventRouter.Handler
+        do {
+            envelope = try router.envelope(of: delivery)
+            handler = try router.handler(of: envelope, in: delivery, from: subscription.queue)
+        } catch let error as EventsError where error.code == .unhandled {
+            return .deadLetter(reason: error.message, errorType: "unhandled")
+        } catch {
             return .deadLetter(
                 reason: "undecodable: \((error as? EventsError)?.message ?? "\(type(of: error))")",
                 errorType: "undecodable")
@@ -73,9 +79,7 @@ struct DeliveryProcessor: Sendable {
         }
         inHand.due = stopwatch.elapsed() + subscription.handlerDeadline
         do {
-            let outcome = try await tracing.process(delivery, from: subscription.queue) {
-                try await router.outcome(of: envelope, in: delivery, from: subscription.queue)
-            }
+            let outcome = try await tracing.process(delivery, from: subscription.queue) { try await handler() }
             switch outcome.decision {
             case .acknowledge: return .acknowledge
             case .retry(let pause): return .retry(pause, cause: "retry")
@@ -85,10 +89,6 @@ struct DeliveryProcessor: Sendable {
             }
         } catch is CancellationError where Task.isCancelled {
             return .abandon
-        } catch let error as EventsError where error.code == .undecodable {
-            return .deadLetter(reason: "undecodable: \(error.message)", errorType: "undecodable")
-        } catch let error as EventsError where error.code == .unhandled {
-            return .deadLetter(reason: error.message, errorType: "unhandled")
         } catch {
             // The type only: a handler's own error may quote the event.
             let cause = (error as? EventsError)?.code.description ?? "\(type(of: error))"

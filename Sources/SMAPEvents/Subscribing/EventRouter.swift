@@ -1,8 +1,12 @@
-/// Says which handler handles which event. The first one that matches takes it.
+/// Says which handler handles which event. The first one that matches the key that it was delivered with takes it.
 public struct EventRouter: Sendable {
+    /// Has a handler decide about its event.
+    typealias Handler = @Sendable () async throws -> HandlerOutcome
+
     struct Route: Sendable {
         let pattern: TopicPattern
-        let handle: @Sendable (EventEnvelope, InboundDelivery, QueueName) async throws -> HandlerOutcome
+        /// Reads an event, and binds the handler to it.
+        let handler: @Sendable (EventEnvelope, InboundDelivery, QueueName) throws -> Handler
     }
 
     private(set) var routes: [Route] = []
@@ -57,11 +61,11 @@ public struct EventRouter: Sendable {
     ) {
         routes.append(
             Route(pattern: pattern) { envelope, inbound, queue in
-                try await handler(
-                    EventDelivery(
-                        event: try decode(envelope), envelope: envelope, routingKey: inbound.routingKey, queue: queue,
-                        isRedelivered: inbound.isRedelivered, attempt: inbound.attempt,
-                        properties: inbound.properties, receivedAt: inbound.receivedAt))
+                let delivery = EventDelivery(
+                    event: try decode(envelope), envelope: envelope, routingKey: inbound.routingKey, queue: queue,
+                    isRedelivered: inbound.isRedelivered, attempt: inbound.attempt, properties: inbound.properties,
+                    receivedAt: inbound.receivedAt)
+                return { try await handler(delivery) }
             })
     }
 
@@ -73,15 +77,19 @@ public struct EventRouter: Sendable {
             timestamp: inbound.properties.timestamp ?? inbound.receivedAt)
     }
 
-    /// Has the handler of an event decide. Throws what it throws, and ``EventsError/Code/unhandled`` if there is none.
-    func outcome(
+    /// The handler of an event, which has been read as the type that it takes. Throws ``EventsError/Code/undecodable``, and
+    /// ``EventsError/Code/unhandled`` if there is none: what the handler itself throws later is another matter.
+    func handler(
         of envelope: EventEnvelope, in inbound: InboundDelivery, from queue: QueueName
-    ) async throws -> HandlerOutcome {
-        // A message in a queue of ours came by its key, but in one that was moved by hand only the payload knows it.
+    ) throws -> Handler {
+        // The broker's key counts: it is what the publisher was permitted. Only of a message that was moved by hand, whose key
+        // no handler takes, the payload may know it.
         let key = inbound.routingKey
         let named = envelope.routingKey?.rawValue
-        guard let route = routes.first(where: { $0.pattern.matches(key) || (named.map($0.pattern.matches) ?? false) })
+        guard
+            let route = routes.first(where: { $0.pattern.matches(key) })
+                ?? named.flatMap({ named in routes.first { $0.pattern.matches(named) } })
         else { throw EventsError(.unhandled, "unhandled: no handler matches", operation: "handle from \(queue)") }
-        return try await route.handle(envelope, inbound, queue)
+        return try route.handler(envelope, inbound, queue)
     }
 }

@@ -23,6 +23,8 @@ public struct InboundDelivery: Sendable {
     public let isTruncated: Bool
     /// When it arrived here.
     public let receivedAt: Date
+    /// All of its headers as they came, if the transport has them so.
+    package let headerTable: HeaderTable?
     /// How many attempts at handling it have failed, as a copy of it remembers.
     package let failedAttempts: Int
 
@@ -33,12 +35,12 @@ public struct InboundDelivery: Sendable {
     ) {
         self.init(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
-            body: body, receivedAt: receivedAt, isTruncated: isTruncated, failedAttempts: 0)
+            body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: nil, failedAttempts: 0)
     }
 
     package init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
-        body: [UInt8], receivedAt: Date, isTruncated: Bool, failedAttempts: Int
+        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool, headerTable: HeaderTable?, failedAttempts: Int = 0
     ) {
         self.tag = tag
         self.exchange = exchange
@@ -48,6 +50,7 @@ public struct InboundDelivery: Sendable {
         self.body = body
         self.receivedAt = receivedAt
         self.isTruncated = isTruncated
+        self.headerTable = headerTable
         self.failedAttempts = failedAttempts
     }
 

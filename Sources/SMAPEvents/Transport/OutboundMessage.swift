@@ -13,6 +13,8 @@ public struct OutboundMessage: Sendable, Hashable {
     }
 
     package private(set) var content: Content
+    /// The headers of a copy, which are sent instead of those in ``properties``: they hold what that cannot express.
+    package private(set) var headerTable: HeaderTable?
     /// The message itself.
     public var body: [UInt8]
 
@@ -50,12 +52,24 @@ public struct OutboundMessage: Sendable, Hashable {
             case .own(_, _, let properties): return properties
             }
         }
-        set { content = .own(exchange: exchange, routingKey: routingKey, newValue) }
+        set {
+            content = .own(exchange: exchange, routingKey: routingKey, newValue)
+            headerTable = nil
+        }
     }
 
     /// Puts a message together.
     public init(exchange: String, routingKey: String, properties: MessageProperties, body: [UInt8]) {
         content = .own(exchange: exchange, routingKey: routingKey, properties)
+        self.body = body
+    }
+
+    /// A copy of a message that was received, whatever its headers are.
+    package init(
+        copyTo exchange: String, routingKey: String, properties: MessageProperties, headers: HeaderTable, body: [UInt8]
+    ) {
+        content = .own(exchange: exchange, routingKey: routingKey, properties)
+        headerTable = headers
         self.body = body
     }
 
@@ -68,7 +82,7 @@ public struct OutboundMessage: Sendable, Hashable {
     /// Whether two messages are the same on the wire.
     public static func == (left: OutboundMessage, right: OutboundMessage) -> Bool {
         left.exchange == right.exchange && left.routingKey == right.routingKey && left.properties == right.properties
-            && left.body == right.body
+            && left.headerTable == right.headerTable && left.body == right.body
     }
 
     /// Hashes what is sent.
@@ -88,7 +102,16 @@ public struct OutboundMessage: Sendable, Hashable {
     /// Checks what the wire cannot carry, before anything is sent: texts over their limits, control characters, and the
     /// headers `CC` and `BCC`, which route a message beyond its key. Throws ``EventsError/Code/invalidEvent`` or
     /// ``EventsError/Code/eventTooLarge``, naming the field.
+    ///
+    /// What is copied was taken by a broker before, and is not looked at again.
     package func validate() throws {
+        if let headerTable {
+            guard headerTable.bytes.count <= Self.headerLimit else {
+                throw EventsError(
+                    .eventTooLarge, "the headers have more than \(Self.headerLimit) bytes", operation: "publish")
+            }
+            return
+        }
         func check(_ text: String?, _ field: @autoclosure () -> String, limit: Int = 255) throws {
             guard let text else { return }
             guard text.utf8.count <= limit else {
@@ -106,6 +129,9 @@ public struct OutboundMessage: Sendable, Hashable {
         try check(properties.appID, "app_id")
         try check(properties.correlationID, "correlation_id")
         try check(properties.replyTo, "reply_to")
+        try check(properties.contentEncoding, "content_encoding")
+        try check(properties.expiration, "expiration")
+        try check(properties.userID, "user_id")
         var size = 0
         for (name, value) in properties.headers {
             try check(name, "a header's name", limit: 128)
