@@ -41,6 +41,8 @@ final class AMQPChannel {
         case opening(isLast: Bool)
         case repliesConsumed
         case prefetchSet
+        /// The consumer is cancelled, to begin again with another prefetch.
+        case cancelled(Consumer, BrokerRequest)
         /// A declaration that was made before a loss.
         case restored(BrokerRequest.Operation)
         case closedByUs
@@ -56,7 +58,7 @@ final class AMQPChannel {
         /// Whether a caller still waits for it; checked before it is sent.
         var isWanted: Bool {
             switch completion {
-            case .request(let request): !request.isAnswered || request.isClose
+            case .request(let request): !request.isAnswered || request.isUnconditional
             default: true
             }
         }
@@ -89,6 +91,8 @@ final class AMQPChannel {
     let role: Role
     private(set) var state = State.closed
     var assembly: Assembly?
+    /// How many consumers have begun again on it.
+    var consumers = 0
     /// How often in a row it was closed before anything was done on it.
     var failures = 0
     private var queued: Deque<Step> = []

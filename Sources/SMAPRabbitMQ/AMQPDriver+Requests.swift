@@ -7,10 +7,11 @@ internal import SMAPEvents
 extension AMQPDriver {
     /// Sends a request. What cannot be encoded fails by itself.
     func begin(_ request: BrokerRequest) throws {
-        guard !request.isAnswered || request.isClose else { return connection.forget(request) }
+        guard !request.isAnswered || request.isUnconditional else { return connection.forget(request) }
         do {
             switch request.operation {
             case .consume(let consumer): try beginConsuming(consumer, request)
+            case .widenConsumer(let consumer): try widen(consumer, request)
             case .stopConsumer(let consumer): try stop(consumer, request)
             case .closeConsumer(let consumer): try close(consumer, request)
             case .consumeReplies: try beginConsumingReplies(request)
@@ -83,7 +84,7 @@ extension AMQPDriver {
             method.exchange = arena.bytes(binding.exchange)
             method.routing_key = arena.bytes(binding.routingKey)
             return try step(AMQP_QUEUE_BIND_METHOD, reply: AMQP_QUEUE_BIND_OK_METHOD, method)
-        case .consume, .stopConsumer, .closeConsumer, .consumeReplies:
+        case .consume, .widenConsumer, .stopConsumer, .closeConsumer, .consumeReplies:
             throw AMQPFailure.unexpected("no method of the topology channel")
         }
     }
@@ -103,6 +104,13 @@ extension AMQPDriver {
             }
             if channel === topology { connection.topologyOpened() }
         case .prefetchSet: break
+        case .cancelled(let consumer, let request):
+            switch result {
+            case .success:
+                channel.consumers += 1
+                for step in try consumeSteps(consumer, on: channel, request) { channel.enqueue(step) }
+            case .failure(let error): answer(request, .failure(error))
+            }
         case .restored(let operation):
             channel.failures = 0
             try restored(operation, result)
@@ -208,28 +216,57 @@ extension AMQPDriver {
                         operation: request.name)))
             return
         }
+        let channel = AMQPChannel(number: number, role: .consuming(consumer))
+        for step in try consumeSteps(consumer, on: channel, request) { channel.enqueue(step) }
+        try open(channel)
+        connection.add(consumer)
+    }
+
+    private func consumeSteps(
+        _ consumer: Consumer, on channel: AMQPChannel, _ request: BrokerRequest
+    ) throws -> [AMQPChannel.Step] {
+        let number = channel.number
         var qos = amqp_basic_qos_t()
         qos.prefetch_count = UInt16(clamping: consumer.prefetch)
         let consume = try CArena.with { arena in
             var method = amqp_basic_consume_t()
             method.queue = arena.bytes(consumer.queue.rawValue)
-            method.consumer_tag = arena.bytes(Self.consumerTag(number))
+            method.consumer_tag = arena.bytes(Self.consumerTag(channel))
             return try MethodEncoder.frame(AMQP_BASIC_CONSUME_METHOD, on: number, method)
         }
-        let steps = [
+        return [
             AMQPChannel.Step(
                 reply: AMQP_BASIC_QOS_OK_METHOD,
                 frame: try MethodEncoder.frame(AMQP_BASIC_QOS_METHOD, on: number, qos), completion: .prefetchSet),
-            AMQPChannel.Step(
-                reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: .request(request)),
+            AMQPChannel.Step(reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: .request(request)),
         ]
-        let channel = AMQPChannel(number: number, role: .consuming(consumer))
-        for step in steps { channel.enqueue(step) }
-        try open(channel)
-        connection.add(consumer)
     }
 
-    private static func consumerTag(_ channel: amqp_channel_t) -> String { "smap.\(channel)" }
+    /// A prefetch holds for consumers that begin after it (RabbitMQ guide, "Consumer Prefetch"): so this one begins again, on
+    /// its channel, where what it has in hand can still be settled.
+    private func widen(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        guard let channel = channel(of: consumer), !channel.isClosing else {
+            return answer(
+                request,
+                .failure(EventsError(.connectionLost, "the consumer has ended", operation: request.name)))
+        }
+        // One after the other: RabbitMQ answers a cancel later than what comes behind it.
+        channel.enqueue(try cancelStep(channel, .cancelled(consumer, request)))
+    }
+
+    private func cancelStep(
+        _ channel: AMQPChannel, _ completion: AMQPChannel.Completion
+    ) throws -> AMQPChannel.Step {
+        let frame = try CArena.with { arena in
+            var method = amqp_basic_cancel_t()
+            method.consumer_tag = arena.bytes(Self.consumerTag(channel))
+            return try MethodEncoder.frame(AMQP_BASIC_CANCEL_METHOD, on: channel.number, method)
+        }
+        return AMQPChannel.Step(reply: AMQP_BASIC_CANCEL_OK_METHOD, frame: frame, completion: completion)
+    }
+
+    /// Another one each time: a quorum queue keeps what an old consumer of the same tag has in hand.
+    private static func consumerTag(_ channel: AMQPChannel) -> String { "smap.\(channel.number).\(channel.consumers)" }
 
     /// A channel number that is not in use, of those that the broker allows.
     func freeChannel() -> amqp_channel_t? {
@@ -253,13 +290,7 @@ extension AMQPDriver {
             answer(request, .success(.done))
             return
         }
-        let frame = try CArena.with { arena in
-            var method = amqp_basic_cancel_t()
-            method.consumer_tag = arena.bytes(Self.consumerTag(channel.number))
-            return try MethodEncoder.frame(AMQP_BASIC_CANCEL_METHOD, on: channel.number, method)
-        }
-        channel.enqueue(
-            AMQPChannel.Step(reply: AMQP_BASIC_CANCEL_OK_METHOD, frame: frame, completion: .request(request)))
+        channel.enqueue(try cancelStep(channel, .request(request)))
     }
 
     /// Sends what is settled, then closes the channel: the broker takes everything else back.

@@ -238,8 +238,11 @@ final class AMQPDriver: ConnectionDriver {
         switch channel.role {
         case .consuming(let consumer):
             for step in steps {
-                guard case .request(let request) = step.completion else { continue }
-                answer(request, request.isClose ? .success(.done) : .failure(error))
+                switch step.completion {
+                case .request(let request): answer(request, request.isClose ? .success(.done) : .failure(error))
+                case .cancelled(_, let request): answer(request, .failure(error))
+                default: break
+                }
             }
             connection.remove(consumer)
             consumer.fail(EventsError(.connectionLost, error.message, operation: "consume from \(consumer.queue)"))

@@ -10,14 +10,15 @@ final class Consumer: TransportConsumer {
     }
 
     let queue: QueueName
-    let prefetch: Int
+    var prefetch: Int { limit.load(ordering: .relaxed) }
+    private let limit: Atomic<Int>
     private let buffer = DeliveryBuffer()
     private let state = Mutex(State())
     private let connection: RabbitMQConnection
 
     init(queue: QueueName, prefetch: Int, connection: RabbitMQConnection) {
         self.queue = queue
-        self.prefetch = prefetch
+        limit = Atomic(prefetch)
         self.connection = connection
     }
 
@@ -38,6 +39,11 @@ final class Consumer: TransportConsumer {
     }
 
     func untilEnded() async throws { try await buffer.untilEnded() }
+
+    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws {
+        limit.store(prefetch, ordering: .relaxed)
+        _ = try await connection.request(.widenConsumer(self), name: "consume from \(queue)", deadline: deadline)
+    }
 
     /// Whether the broker still knows of this consumer's channel.
     var isChannelOpen: Bool { state.withLock { $0.isChannelOpen } }

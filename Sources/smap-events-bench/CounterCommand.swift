@@ -54,10 +54,10 @@ struct CounterCommand: AsyncParsableCommand {
                 outcome: delivery.event.number % 50 == 0 ? .failure : .success)
             return .acknowledge
         }
-        let subscriber = EventSubscriber(
-            transport: rabbitMQ,
-            subscription: EventSubscription(queue: try QueueName(queue), bindings: [TopicPattern(Item.routingKey)]),
-            router: router)
+        var subscription = EventSubscription(queue: try QueueName(queue), bindings: [TopicPattern(Item.routingKey)])
+        // Its process is killed while it handles, again and again, and no event is to blame for that.
+        subscription.maximumRedeliveries = 1_000
+        let subscriber = EventSubscriber(transport: rabbitMQ, subscription: subscription, router: router)
         try await withThrowingTaskGroup { group in
             group.addTask { await finishLine.run() }
             group.addTask { try await subscriber.run() }

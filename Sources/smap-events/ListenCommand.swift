@@ -46,6 +46,8 @@ struct ListenCommand: AsyncParsableCommand {
             // In order, and with a small count one at a time: what is fetched ahead and not printed would come again,
             // marked as redelivered, to whoever listens next.
             subscription.concurrency = 1
+            // What it gives back, again and again, is not for it to judge.
+            subscription.maximumRedeliveries = 1_000_000
             subscription.prefetch = (count ?? .max) <= 1_000 ? 1 : 100
             let configuration = try Settings.rabbitMQ()
             let printed = try await RabbitMQTransport.withTransport(

@@ -116,14 +116,15 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
-    @Test func `a retry that cannot be parked leaves the message in its queue`() async throws {
+    @Test func `a retry that cannot be parked keeps the message in hand, and its queue is declared again`() async throws
+    {
         let clock = ManualClock()
         try await EventsTestHarness.withHarness(clock: clock) { harness in
             let log = Log()
             var router = EventRouter()
             router.on(Numbered.self) { delivery in
                 log.add("\(delivery.attempt) \(delivery.isRedelivered)")
-                return delivery.isRedelivered ? .acknowledge : .retry
+                return delivery.attempt > 1 ? .acknowledge : .retry
             }
             let subscription = subscription { $0.retry = RetryPolicy(rungs: [.seconds(1)]) }
             try await harness.withSubscriber(subscription, router) {
@@ -133,12 +134,14 @@ private let queue: QueueName = "test.deliveries"
                 // An operator's mistake.
                 harness.broker.delete("smap.retry.1s")
                 try await harness.publisher.publish(Numbered(number: 1))
-                try await until { log.all.count == 1 && clock.sleeperCount > 1 }
-                clock.advance(by: .seconds(1))
-                try await until { log.all.count == 2 }
+                try await until {
+                    // The pause before it is tried again, and the retry's own.
+                    if clock.sleeperCount > 1 { clock.advance(by: .seconds(1)) }
+                    return log.all.count == 2
+                }
                 try await harness.settled(queue)
             }
-            #expect(log.all == ["1 false", "2 true"])
+            #expect(log.all == ["1 false", "2 false"], "it was not given back")
         }
     }
 
@@ -309,28 +312,98 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
-    @Test func `a message that comes again and again without an answer is dead-lettered as poison`() async throws {
+    /// A process that dies takes its subscriber with it: the next one knows nothing of it.
+    private func crash(
+        _ harness: EventsTestHarness, _ subscription: EventSubscription, _ router: EventRouter,
+        when isOver: @escaping @Sendable () async -> Bool
+    ) async throws {
+        let subscriber = EventSubscriber(transport: harness.broker, subscription: subscription, router: router)
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await subscriber.run() }
+            try await until(isOver)
+            // What it had in hand goes back, unanswered.
+            group.cancelAll()
+        }
+    }
+
+    @Test func `a message that kills its process is the only one to be dead-lettered`() async throws {
         try await EventsTestHarness.withHarness { harness in
             let log = Log()
+            let deaths = Atomic<Int>(0)
             var router = EventRouter()
             router.on(Numbered.self) { delivery in
-                log.add("\(delivery.attempt)")
-                // What a consumer does that dies: nothing.
-                harness.broker.interrupt()
-                try await Task.sleep(for: .seconds(600))
+                guard delivery.event.number > 0 else {
+                    deaths.add(1, ordering: .relaxed)
+                    try await Task.sleep(for: .seconds(600))
+                    return .acknowledge
+                }
+                // The others are as good as never done when the process dies.
+                if deaths.load(ordering: .relaxed) <= 3 { try await Task.sleep(for: .seconds(600)) }
+                log.add("\(delivery.event.number)")
+                return .acknowledge
+            }
+            let subscription = subscription { _ in }
+            try await harness.withSubscriber(subscription, router) {}
+            for number in 0..<200 { try await harness.publisher.publish(Numbered(number: number)) }
+            for death in 1...6 {
+                try await crash(harness, subscription, router) {
+                    guard deaths.load(ordering: .relaxed) >= death else { return false }
+                    // From the third time on it dies alone; before, the others have been fetched with it.
+                    let ready = harness.broker.messages(in: queue).count
+                    return death <= 3 ? ready == 0 : ready == 199
+                }
+            }
+            #expect(deaths.load(ordering: .relaxed) == 6)
+            try await harness.withSubscriber(subscription, router) {
+                try await until { log.all.count >= 199 }
+                try await harness.settled(queue)
+            }
+            #expect(Set(log.all).count == 199)
+            #expect(deaths.load(ordering: .relaxed) == 6)
+            let dead = harness.broker.messages(in: queue.deadLetterQueue)
+            #expect(dead.count == 1)
+            #expect(dead.first?.properties.headers["x-smap-error-type"] == .string("poison"))
+        }
+    }
+
+    @Test func `what a subscriber itself loses with its connections, or a publisher has made up, makes no poison`()
+        async throws
+    {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            let mayWork = Atomic<Bool>(false)
+            let attempts = Atomic<Int>(0)
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                attempts.add(1, ordering: .relaxed)
+                if !mayWork.load(ordering: .relaxed) { try await Task.sleep(for: .seconds(600)) }
+                log.add("\(delivery.event.number)")
                 return .acknowledge
             }
             let subscription = subscription {
-                $0.maximumRedeliveries = 3
                 $0.retryDelay = .milliseconds(1)
+                // Handlers of a lost consumer are left to finish, and keep their places.
+                $0.concurrency = 256
             }
             try await harness.withSubscriber(subscription, router) {
-                try await harness.publisher.publish(Numbered(number: 1))
-                try await until { harness.broker.messages(in: queue.deadLetterQueue).count == 1 }
+                for number in 0..<20 { try await harness.publisher.publish(Numbered(number: number)) }
+                for round in 1...10 {
+                    try await until { attempts.load(ordering: .relaxed) >= round * 20 }
+                    harness.broker.interrupt()
+                }
+                mayWork.store(true, ordering: .relaxed)
+                try await until { log.all.count >= 20 }
+                let event = EventEnvelope(
+                    routingKey: Numbered.routingKey, service: "s", schemaVersion: 1, data: Array(#"{"number":99}"#.utf8)
+                )
+                _ = try await harness.broker.publish(
+                    OutboundMessage(
+                        exchange: ExchangeName.events, routingKey: Numbered.routingKey.rawValue,
+                        properties: MessageProperties(headers: ["x-delivery-count": .integer(1_000)]),
+                        body: try event.serialized()), deadline: .now + .seconds(5))
+                try await until { log.all.contains("99") }
             }
-            #expect(log.all == ["1", "2", "3"])
-            let headers = harness.broker.messages(in: queue.deadLetterQueue).first?.properties.headers
-            #expect(headers?["x-smap-error-type"] == .string("poison"))
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
         }
     }
 
@@ -582,8 +655,6 @@ private let queue: QueueName = "test.deliveries"
                 $0.circuitBreaker = CircuitBreakerPolicy(window: 5, failureShare: 0.8, pause: .seconds(10))
                 $0.concurrency = concurrency
                 $0.lane = hasLanes ? .init { "\($0.data.count)" } : nil
-                // What waits in lanes is given back at each pause, and comes as often again.
-                $0.maximumRedeliveries = 10
             }
             let subscriber = EventSubscriber(
                 transport: harness.broker, subscription: subscription, router: router, clock: clock)
@@ -597,11 +668,7 @@ private let queue: QueueName = "test.deliveries"
                 func paused() async throws {
                     // Its pause is what sleeps beside the watch.
                     try await until {
-                        guard await subscriber.health().description.contains("paused"), clock.sleeperCount >= 2 else {
-                            return false
-                        }
-                        let status = try? await harness.broker.status(of: queue, deadline: .now + .seconds(5))
-                        return status?.consumers == 0
+                        await subscriber.health().description.contains("paused") && clock.sleeperCount >= 2
                     }
                 }
                 try await paused()

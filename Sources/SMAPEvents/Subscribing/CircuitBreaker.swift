@@ -1,11 +1,13 @@
 internal import DequeModule
 internal import Synchronization
+internal import Waiting
 
 /// When a subscription pauses because what its handlers depend on seems to be down.
 ///
-/// A breaker that opens stops the consumer: the rest stays in the queue, where it costs no attempts. After the pause one
-/// delivery is tried; if that fails too, without counting as an attempt, there is another pause; if it succeeds, all goes
-/// on. So an outage never drains a queue into its dead letters.
+/// While it is open nothing is handled: what was fetched stays in hand, and the rest in the queue, where it costs no attempts.
+/// After the pause one delivery is tried; if that fails too, without counting as an attempt, there is another pause; if it
+/// succeeds, all goes on. So an outage never drains a queue into its dead letters. An outage that goes on gives what is in
+/// hand back every 20 minutes, before RabbitMQ takes it back (`consumer_timeout`, half an hour).
 public struct CircuitBreakerPolicy: Sendable, Hashable {
     /// How many of the last deliveries are looked at, 20 by default; 1 to 10,000.
     public var window: Int
@@ -27,7 +29,7 @@ public struct CircuitBreakerPolicy: Sendable, Hashable {
     }
 }
 
-/// Counts failures, and tells when enough is enough.
+/// Counts failures, and tells who may handle a delivery.
 final class CircuitBreaker: Sendable {
     enum Phase {
         case closed
@@ -36,15 +38,28 @@ final class CircuitBreaker: Sendable {
         case trial
     }
 
+    /// Whether a delivery may be handled now.
+    enum Admission {
+        case granted
+        /// It is the one that is tried.
+        case trial
+        /// The subscription ends.
+        case refused
+    }
+
     private struct State {
         var phase = Phase.closed
         var recent: Deque<Bool> = []
         var failures = 0
-        var watcher: CheckedContinuation<Void, Never>?
-        /// Whether the phase has changed since the consumer was started for it.
-        var hasChanged = false
+        /// Whether a delivery is being tried.
+        var isTrying = false
+        var isStopped = false
+        /// Opened at the next change.
+        var change = Latch()
         /// When it opened, as the stopwatch counts.
         var openSince: Duration = .zero
+        /// Since when deliveries have been held, or were given back last.
+        var heldSince: Duration = .zero
     }
 
     let policy: CircuitBreakerPolicy
@@ -56,68 +71,107 @@ final class CircuitBreaker: Sendable {
         self.stopwatch = stopwatch
     }
 
-    /// Since when it has been open; nil if it is not.
-    var openSince: Duration? { state.withLock { $0.phase == .open ? $0.openSince : nil } }
-
     var phase: Phase { state.withLock { $0.phase } }
 
     /// Takes note of how a delivery ended. While one is tried, what was in hand before says nothing.
     func record(failure: Bool, isTrial: Bool) {
         let now = stopwatch.elapsed()
-        let watcher = state.withLock { state -> CheckedContinuation<Void, Never>? in
+        change { state in
             switch state.phase {
-            case .open: return nil
+            case .open: return false
             case .trial:
-                guard isTrial else { return nil }
+                guard isTrial else { return false }
                 state.phase = failure ? .open : .closed
+                state.isTrying = false
             case .closed:
                 state.recent.append(failure)
                 if failure { state.failures += 1 }
                 if state.recent.count > policy.window, state.recent.removeFirst() { state.failures -= 1 }
                 guard state.recent.count == policy.window,
                     Double(state.failures) >= policy.failureShare * Double(policy.window)
-                else { return nil }
+                else { return false }
                 state.phase = .open
+                state.heldSince = now
             }
             state.recent = []
             state.failures = 0
-            state.hasChanged = true
             state.openSince = now
-            defer { state.watcher = nil }
-            return state.watcher
+            return true
         }
-        watcher?.resume()
     }
 
     /// The pause is over: one delivery may be tried.
     func beginTrial() {
-        state.withLock { state in
+        change { state in
+            guard state.phase == .open else { return false }
             state.phase = .trial
-            state.hasChanged = false
+            state.isTrying = false
+            return true
         }
     }
 
-    /// Returns at the next change of phase, or when the task is cancelled. For one task at a time.
-    func untilChanged() async {
-        await withTaskCancellationHandler {
-            await withCheckedContinuation { continuation in
-                let isOver = state.withLock { state in
-                    if Task.isCancelled || state.hasChanged {
-                        state.hasChanged = false
-                        return true
-                    }
-                    state.watcher = continuation
-                    return false
-                }
-                if isOver { continuation.resume() }
-            }
-            state.withLock { $0.hasChanged = false }
-        } onCancel: {
-            let watcher = state.withLock { state in
-                defer { state.watcher = nil }
-                return state.watcher
-            }
-            watcher?.resume()
+    /// The delivery that was tried has said nothing about handlers: the next one is.
+    func trialEnded() {
+        change { state in
+            guard state.phase == .trial, state.isTrying else { return false }
+            state.isTrying = false
+            return true
         }
+    }
+
+    /// No delivery is admitted any more, and those that wait are refused.
+    func stop() {
+        change { state in
+            state.isStopped = true
+            return true
+        }
+    }
+
+    /// Returns when a delivery may be handled, or never will be.
+    func admit() async -> Admission {
+        while true {
+            let (admission, change) = state.withLock { state -> (Admission?, Latch) in
+                if state.isStopped { return (.refused, state.change) }
+                switch state.phase {
+                case .closed: return (.granted, state.change)
+                case .trial where !state.isTrying:
+                    state.isTrying = true
+                    return (.trial, state.change)
+                case .trial, .open: return (nil, state.change)
+                }
+            }
+            if let admission { return admission }
+            await change.wait()
+            if Task.isCancelled { return .refused }
+        }
+    }
+
+    /// Since when it has been open; waits until it is. Nil when the task is cancelled.
+    func untilOpen() async -> Duration? {
+        while !Task.isCancelled {
+            let (since, change) = state.withLock { ($0.phase == .open ? $0.openSince : nil, $0.change) }
+            if let since { return since }
+            await change.wait()
+        }
+        return nil
+    }
+
+    /// Whether deliveries have been held for so long that they are to be given back now.
+    func hasHeld(for limit: Duration) -> Bool {
+        let now = stopwatch.elapsed()
+        return state.withLock { state in
+            guard now - state.heldSince >= limit else { return false }
+            state.heldSince = now
+            return true
+        }
+    }
+
+    private func change(_ body: (inout State) -> Bool) {
+        let latch = state.withLock { state -> Latch? in
+            guard body(&state) else { return nil }
+            defer { state.change = Latch() }
+            return state.change
+        }
+        latch?.open()
     }
 }

@@ -1,12 +1,37 @@
 internal import Synchronization
+internal import Waiting
 
 /// Where the workers of a subscription find the consumer to take deliveries from. Consumers come and go with
 /// connections; workers stay, so that a handler is not cut short because a connection was lost meanwhile.
 final class ConsumerIntake: Sendable {
-    private struct State {
+    /// A consumer, as long as it is the newest.
+    final class Offer: Sendable {
         /// Grows with each consumer.
+        let generation: Int
+        let consumer: any TransportConsumer
+        /// Opened once it may have more than one delivery at a time: the first one is none that may kill its consumers.
+        let widening = Latch()
+        /// Opened when another consumer is wanted.
+        let renewal = Latch()
+        private let cautious = Atomic<Bool>(true)
+
+        init(generation: Int, consumer: any TransportConsumer) {
+            self.generation = generation
+            self.consumer = consumer
+        }
+
+        /// Whether it has one delivery at a time.
+        var isCautious: Bool { cautious.load(ordering: .relaxed) }
+
+        func widen() {
+            cautious.store(false, ordering: .relaxed)
+            widening.open()
+        }
+    }
+
+    private struct State {
         var generation = 0
-        var consumer: (any TransportConsumer)?
+        var offer: Offer?
         var isFinished = false
         var waiting: [UInt64: CheckedContinuation<Void, any Error>] = [:]
         var lastID: UInt64 = 0
@@ -15,15 +40,28 @@ final class ConsumerIntake: Sendable {
     private let state = Mutex(State())
 
     /// Offers a new consumer to the workers.
-    func offer(_ consumer: any TransportConsumer) {
-        let waiting = state.withLock { state in
+    func offer(_ consumer: any TransportConsumer) -> Offer {
+        let (offer, waiting) = state.withLock { state in
             state.generation += 1
-            state.consumer = consumer
+            let offer = Offer(generation: state.generation, consumer: consumer)
+            state.offer = offer
             defer { state.waiting = [:] }
-            return Array(state.waiting.values)
+            return (offer, Array(state.waiting.values))
         }
         for worker in waiting { worker.resume() }
+        return offer
     }
+
+    /// The consumer has ended: what it handed out and is not being handled yet comes again.
+    func withdraw(_ offer: Offer) {
+        state.withLock { if $0.offer?.generation == offer.generation { $0.offer = nil } }
+    }
+
+    /// Whether the consumer is still there.
+    func isCurrent(_ offer: Offer) -> Bool { state.withLock { $0.offer?.generation == offer.generation } }
+
+    /// The consumer that is there, if any.
+    var current: Offer? { state.withLock { $0.offer } }
 
     /// No more consumers: the workers end.
     func finish() {
@@ -36,11 +74,10 @@ final class ConsumerIntake: Sendable {
     }
 
     /// The next consumer after the one of `generation`; waits for it. Nil when there will be none.
-    func consumer(after generation: Int) async throws -> (generation: Int, consumer: any TransportConsumer)? {
+    func consumer(after generation: Int) async throws -> Offer? {
         while true {
             let (found, isFinished) = state.withLock { state in
-                let found = state.consumer.map { (generation: state.generation, consumer: $0) }
-                return (state.generation > generation ? found : nil, state.isFinished)
+                (state.offer.flatMap { $0.generation > generation ? $0 : nil }, state.isFinished)
             }
             if isFinished { return nil }
             if let found { return found }
@@ -57,7 +94,7 @@ final class ConsumerIntake: Sendable {
             try await withCheckedThrowingContinuation { (continuation: CheckedContinuation<Void, any Error>) in
                 let result = state.withLock { state -> Result<Void, any Error>? in
                     if Task.isCancelled { return .failure(CancellationError()) }
-                    if state.isFinished || state.generation > generation { return .success(()) }
+                    if state.isFinished || (state.offer?.generation ?? 0) > generation { return .success(()) }
                     state.waiting[id] = continuation
                     return nil
                 }

@@ -14,10 +14,13 @@ final class DeliveryInHand: Sendable {
     let consumer: any TransportConsumer
     /// Whether the circuit breaker was trying whether handlers work again when this was taken.
     let isTrial: Bool
+    /// How often its consumer died with it, as far as is known.
+    let deaths: Int
     private let state = Mutex(State())
 
-    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer, isTrial: Bool) {
+    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer, isTrial: Bool, deaths: Int) {
         self.isTrial = isTrial
+        self.deaths = deaths
         self.delivery = delivery
         self.consumer = consumer
     }

@@ -53,10 +53,11 @@ struct DeliveryProcessor: Sendable {
         let delivery = inHand.delivery
         // First of all: a copy of it would be empty.
         if delivery.isTruncated { return .reject }
-        // In a trial of the circuit breaker the message at the head comes again after each pause: that is no crash.
-        guard delivery.redeliveries < subscription.maximumRedeliveries || inHand.isTrial else {
+        guard subscription.kind != .quorum || inHand.deaths < subscription.suspicion + subscription.maximumRedeliveries
+        else {
             return .deadLetter(
-                reason: "delivered \(delivery.redeliveries + 1) times without an answer: it may kill its consumers",
+                reason:
+                    "delivered \(delivery.redeliveries) times without an answer, the last ones alone: it kills its consumers",
                 errorType: "poison")
         }
         let envelope: EventEnvelope
@@ -202,32 +203,49 @@ struct DeliveryProcessor: Sendable {
     ///
     /// - Parameter otherwise: What is done with a message that cannot be copied, because a header of it cannot be sent.
     private func replace(_ inHand: DeliveryInHand, by copy: OutboundMessage, otherwise: Settlement) async -> Bool {
-        do {
-            let isRouted = try await transport.publish(copy, deadline: .now + subscription.deadline)
-            guard isRouted else {
-                throw EventsError(
-                    .unroutable, "no queue is bound to \(copy.exchange) for \(subscription.queue)",
-                    operation: "copy a message")
+        let begin = stopwatch.elapsed()
+        var failures = 0
+        while true {
+            do {
+                let isRouted = try await transport.publish(copy, deadline: .now + subscription.deadline)
+                guard isRouted else {
+                    throw EventsError(
+                        .unroutable, "no queue is bound to \(copy.exchange) for \(subscription.queue)",
+                        operation: "copy a message")
+                }
+                await release(inHand)
+                return settle(inHand, .acknowledge)
+            } catch let error as EventsError where [.invalidEvent, .eventTooLarge].contains(error.code) {
+                log("message cannot be copied", inHand.delivery, reason: "\(error)")
+                await release(inHand)
+                if otherwise == .requeue { try? await stopwatch.sleepUntil(stopwatch.elapsed() + .seconds(1)) }
+                return settle(inHand, otherwise)
+            } catch is CancellationError {
+                await release(inHand)
+                return false
+            } catch {
+                // It stays in hand, and keeps this handler's place: given back it would come again at once, and count as if it
+                // killed its consumers.
+                failures += 1
+                log("message could not be put aside, and is kept", inHand.delivery, reason: "\(error)")
+                if (error as? EventsError)?.code == .unroutable || (error as? EventsError)?.code == .exchangeNotFound {
+                    // An operator may have deleted the queue in which it is to wait.
+                    try? await subscription.topology.apply(to: transport, deadline: subscription.deadline)
+                }
+                let now = stopwatch.elapsed()
+                let pause = Self.copyBackoff.delay(after: failures)
+                guard now - begin < Self.holdLimit, (try? await stopwatch.sleepUntil(now + pause)) != nil else {
+                    await release(inHand)
+                    if !Task.isCancelled { _ = settle(inHand, .requeue) }
+                    return false
+                }
             }
-            await release(inHand)
-            return settle(inHand, .acknowledge)
-        } catch let error as EventsError where [.invalidEvent, .eventTooLarge].contains(error.code) {
-            log("message cannot be copied", inHand.delivery, reason: "\(error)")
-            await release(inHand)
-            if otherwise == .requeue { await pause() }
-            return settle(inHand, otherwise)
-        } catch is CancellationError {
-            await release(inHand)
-            return false
-        } catch {
-            // It stays where it is, and keeps this handler's place meanwhile: what cannot be put aside must not spin.
-            log("message could not be put aside, and stays", inHand.delivery, reason: "\(error)")
-            await release(inHand)
-            await pause()
-            _ = settle(inHand, .requeue)
-            return false
         }
     }
+
+    private static let copyBackoff = Backoff(first: .seconds(1), longest: .seconds(30))
+    /// RabbitMQ takes back what is unsettled for longer than half an hour (`consumer_timeout`).
+    static let holdLimit = Duration.seconds(20 * 60)
 
     /// Publishes the reply to a request. It is dropped where the requester has gone: then no caller waits.
     ///
@@ -257,8 +275,6 @@ struct DeliveryProcessor: Sendable {
 
     /// How RabbitMQ's addresses for replies begin (RabbitMQ guide, "Direct Reply-to").
     private static let directReplyTo = "amq.rabbitmq.reply-to"
-
-    private func pause() async { try? await stopwatch.sleepUntil(stopwatch.elapsed() + .seconds(1)) }
 
     private func settle(_ inHand: DeliveryInHand, _ settlement: Settlement) -> Bool {
         do {

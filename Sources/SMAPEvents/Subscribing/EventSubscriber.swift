@@ -3,6 +3,7 @@ internal import Metrics
 public import ServiceLifecycle
 internal import Synchronization
 public import Tracing
+internal import Waiting
 
 /// Consumes events from a queue and gives them to handlers.
 ///
@@ -18,7 +19,6 @@ public final class EventSubscriber: Service {
         case starting
         case consuming
         case recovering(EventsError)
-        case paused
         case stopping
         case ended
     }
@@ -26,8 +26,8 @@ public final class EventSubscriber: Service {
     /// Why a consumer was ended in order.
     private enum End {
         case shutdown
-        /// The circuit breaker wants another one, or none for now.
-        case breaker
+        /// Another one is wanted.
+        case renewal
     }
 
     private let transport: any EventTransport
@@ -40,6 +40,9 @@ public final class EventSubscriber: Service {
     private let hasInbox: Bool
     private let phase = Mutex(Phase.idle)
     private let pool = Mutex<HandlerPool?>(nil)
+    /// How often this subscriber has given back, or lost with its consumer, what it had fetched: that counted as a delivery of
+    /// each such message, and killed no process.
+    private let returns = Atomic<Int>(0)
 
     /// Makes a subscriber; ``run()`` starts it.
     ///
@@ -88,6 +91,7 @@ public final class EventSubscriber: Service {
                 try await withThrowingTaskGroup(of: Void.self) { group in
                     group.addTask { try await self.consume(intake, pool) }
                     group.addTask { try await self.watch(pool) }
+                    if let breaker { group.addTask { try await self.pace(breaker, intake) } }
                     defer { group.cancelAll() }
                     // The consumer ends; the watch does not.
                     try await group.next()
@@ -118,11 +122,11 @@ public final class EventSubscriber: Service {
     public func health() async -> Health {
         let problem: String? =
             switch phase.withLock({ $0 }) {
+            case .consuming where breaker?.phase == .open: "is paused: too many deliveries have failed"
             case .consuming: isStuck ? "has \(subscription.concurrency) handlers, all past their deadline" : nil
             case .idle: "is not running"
             case .starting: "is starting"
             case .recovering(let error): "is not consuming: \(error)"
-            case .paused: "is paused: too many deliveries have failed"
             case .stopping: "is shutting down"
             case .ended: "has ended"
             }
@@ -135,9 +139,13 @@ public final class EventSubscriber: Service {
 
     private func enter(_ next: Phase) {
         phase.withLock { $0 = next }
-        let isConsuming = if case .consuming = next { 1 } else { 0 }
+        recordActivity()
+    }
+
+    private func recordActivity() {
+        let isConsuming = phase.withLock { if case .consuming = $0 { true } else { false } } && breaker?.phase != .open
         Gauge(label: "events_subscription_active", dimensions: [("queue", subscription.queue.rawValue)])
-            .record(isConsuming)
+            .record(isConsuming ? 1 : 0)
     }
 
     // MARK: Consumers
@@ -147,16 +155,11 @@ public final class EventSubscriber: Service {
         var failures = 0
         var hasConsumed = false
         while !Task.isShuttingDownGracefully {
-            // Also when the breaker opened just as the connection was lost.
-            try await pauseIfOpen()
-            if Task.isShuttingDownGracefully { break }
             do {
                 try await cancelWhenGracefulShutdown { try await self.declare() }
-                // One at a time, while it is not known whether handlers can work again.
-                let isTrial = breaker?.phase == .trial
+                // The first message may be what killed the process before this one: it comes alone.
                 let end = try await transport.withConsumer(
-                    on: subscription.queue, prefetch: isTrial ? 1 : subscription.prefetch,
-                    deadline: .now + subscription.deadline
+                    on: subscription.queue, prefetch: 1, deadline: .now + subscription.deadline
                 ) { consumer in
                     if case .recovering = phase.withLock({ $0 }) {
                         logger.notice("subscription resumed", metadata: ["queue": "\(subscription.queue)"])
@@ -164,9 +167,10 @@ public final class EventSubscriber: Service {
                     enter(.consuming)
                     return try await serve(consumer, intake, pool)
                 }
-                guard end == .breaker else { return }
+                guard end == .renewal else { return }
                 hasConsumed = true
                 failures = 0
+                returns.add(1, ordering: .relaxed)
             } catch is CancellationError where Task.isShuttingDownGracefully {
                 break
             } catch let error as EventsError {
@@ -176,6 +180,7 @@ public final class EventSubscriber: Service {
                 }
                 guard isMendable(error, hasConsumed: hasConsumed) else { throw error }
                 failures += 1
+                returns.add(1, ordering: .relaxed)
                 enter(.recovering(error))
                 logger.warning(
                     "subscription interrupted", metadata: ["queue": "\(subscription.queue)", "reason": "\(error)"])
@@ -201,9 +206,7 @@ public final class EventSubscriber: Service {
     /// Has the workers take deliveries from a consumer, in lanes if so wanted.
     private func serve(
         _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
-    ) async throws
-        -> End
-    {
+    ) async throws -> End {
         guard let lane = subscription.lane else { return try await attend(consumer, intake, pool) }
         let laned = LanedConsumer(consumer, stopwatch: stopwatch) { [processor] delivery in
             (try? processor.router.envelope(of: delivery.restored())).flatMap(lane.key) ?? ""
@@ -229,7 +232,8 @@ public final class EventSubscriber: Service {
     private func attend(
         _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
     ) async throws -> End {
-        intake.offer(consumer)
+        let offer = intake.offer(consumer)
+        defer { intake.withdraw(offer) }
         let end = try await withThrowingTaskGroup(of: End.self) { group in
             group.addTask {
                 try await consumer.untilEnded()
@@ -239,20 +243,25 @@ public final class EventSubscriber: Service {
                 try await gracefulShutdown()
                 return .shutdown
             }
-            if let breaker {
-                group.addTask {
-                    await breaker.untilChanged()
-                    try Task.checkCancellation()
-                    return .breaker
-                }
+            group.addTask { [subscription] in
+                await offer.widening.wait()
+                try Task.checkCancellation()
+                try await consumer.widen(to: subscription.prefetch, deadline: .now + subscription.deadline)
+                try await consumer.untilEnded()
+                return .shutdown
+            }
+            group.addTask {
+                await offer.renewal.wait()
+                try Task.checkCancellation()
+                return .renewal
             }
             defer { group.cancelAll() }
             return try await group.next() ?? .shutdown
         }
         // The channel stays open while handlers finish, so that what they decide still goes out.
-        if end == .breaker {
-            enter(.paused)
+        if end == .renewal {
             await consumer.stop()
+            intake.withdraw(offer)
             await withTaskGroup { [subscription] group in
                 let limit = subscription.handlerDeadline + subscription.deadline
                 group.addTask {
@@ -263,7 +272,7 @@ public final class EventSubscriber: Service {
                 await group.next()
                 group.cancelAll()
             }
-            if !Task.isShuttingDownGracefully { return .breaker }
+            if !Task.isShuttingDownGracefully { return .renewal }
         } else {
             enter(.stopping)
             await consumer.stop()
@@ -275,42 +284,62 @@ public final class EventSubscriber: Service {
     /// Lets the handlers finish what they have in hand, and no more.
     private func drain(_ intake: ConsumerIntake, _ pool: HandlerPool) async {
         intake.finish()
+        breaker?.stop()
         await pool.until(within: subscription.drainTimeout) { $0.workers == 0 && $0.concluding == 0 }
     }
 
-    /// Waits for as long as an open circuit breaker pauses; what was in hand has been settled.
-    private func pauseIfOpen() async throws {
-        guard let breaker, let since = breaker.openSince else { return }
-        enter(.paused)
-        logger.warning(
-            "subscription paused",
-            metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
-        try? await cancelWhenGracefulShutdown { [stopwatch] in
+    /// Lets one delivery be tried after each pause of the circuit breaker.
+    private func pace(_ breaker: CircuitBreaker, _ intake: ConsumerIntake) async throws {
+        while let since = await breaker.untilOpen() {
+            recordActivity()
+            logger.warning(
+                "subscription paused",
+                metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
             try await stopwatch.sleepUntil(since + breaker.policy.pause)
+            if breaker.hasHeld(for: DeliveryProcessor.holdLimit) { intake.current?.renewal.open() }
+            breaker.beginTrial()
+            recordActivity()
         }
         try Task.checkCancellation()
-        breaker.beginTrial()
     }
 
     // MARK: Workers
 
     private func work(_ intake: ConsumerIntake, _ pool: HandlerPool, _ worker: Int) async throws {
         var generation = 0
-        while let (next, consumer) = try await intake.consumer(after: generation) {
-            generation = next
+        while let offer = try await intake.consumer(after: generation) {
+            generation = offer.generation
             do {
-                while let delivery = try await consumer.next() {
-                    let phase = breaker?.phase
-                    // What was fetched ahead goes back with the consumer.
-                    if phase == .open { break }
+                while let delivery = try await offer.consumer.next() {
+                    let deaths = max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
+                    let isSuspect = deaths >= subscription.suspicion
+                    if isSuspect, !offer.isCautious {
+                        // Not with others in hand: it goes back with them, and comes first.
+                        offer.renewal.open()
+                        break
+                    }
+                    // Where another process would take over meanwhile, the order is kept by waiting.
+                    if offer.isCautious, !isSuspect, !subscription.isSingleActive { offer.widen() }
+                    var isTrial = false
+                    switch await breaker?.admit() {
+                    case .refused: return
+                    case .trial: isTrial = true
+                    case .granted, nil: break
+                    }
+                    // It comes again if its consumer has ended meanwhile.
+                    guard intake.isCurrent(offer) else {
+                        if isTrial { breaker?.trialEnded() }
+                        break
+                    }
                     let start = ContinuousClock.now
-                    let inHand = DeliveryInHand(delivery.restored(), consumer, isTrial: phase == .trial)
+                    let inHand = DeliveryInHand(delivery.restored(), offer.consumer, isTrial: isTrial, deaths: deaths)
                     pool.hold(inHand, worker)
                     let verdict = await processor.verdict(on: inHand)
                     // Otherwise its time was up, it is being retried, and this worker is replaced.
                     guard inHand.decide() else { return }
                     await conclude(inHand, verdict, since: start)
                     pool.hold(nil, worker)
+                    if offer.isCautious, !isSuspect { offer.widen() }
                 }
             } catch is EventsError {
                 // This consumer is gone; there will be another.
@@ -322,7 +351,11 @@ public final class EventSubscriber: Service {
         _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
     ) async {
         // Before it is settled: in a trial the broker sends the next one only then.
-        if let failure = verdict.isFailure { breaker?.record(failure: failure, isTrial: inHand.isTrial) }
+        if let failure = verdict.isFailure {
+            breaker?.record(failure: failure, isTrial: inHand.isTrial)
+        } else if inHand.isTrial {
+            breaker?.trialEnded()
+        }
         await processor.conclude(inHand, verdict, since: start)
     }
 

@@ -15,10 +15,13 @@ public struct EventSubscription: Sendable {
     public var concurrency: Int
     /// What happens when a handler fails. See ``RetryPolicy``.
     public var retry: RetryPolicy
-    /// How often a message may come again without an answer, because its consumer died or lost its connection, before it is
-    /// dead-lettered: it may be what kills its consumers. 20 by default. Needs a quorum queue, which counts deliveries;
-    /// those that were only fetched ahead count too.
-    public var maximumRedeliveries = 20
+    /// How often a message may die alone before it is dead-lettered as `poison`, 3 by default; 1 or more.
+    ///
+    /// A message that has come three times without an answer, because its consumer died, may be what kills its consumers: from
+    /// then on it is handled alone, with nothing else fetched, so that no other message pays for it. What this process has
+    /// given back or lost with a connection does not count. Needs a quorum queue, which counts deliveries; on a classic queue
+    /// a message that came before is handled alone, and never dead-lettered for that.
+    public var maximumRedeliveries = 3
     /// How long a handler may take, 60 s by default. Then its task is cancelled, and the delivery goes to retry. A handler
     /// that ignores its cancellation keeps its place until it ends; when all places are held so, the subscription is not
     /// healthy.
@@ -81,6 +84,9 @@ public struct EventSubscription: Sendable {
         /// By a key of your own; events without one share a lane.
         public init(key: @escaping @Sendable (EventEnvelope) -> String?) { self.key = key }
     }
+
+    /// After so many unanswered deliveries a message is handled alone.
+    var suspicion: Int { kind == .quorum ? 3 : 1 }
 
     /// How long a lease on an event lasts: as long as its handler may take, and then some for its settlement.
     var lease: Duration { handlerDeadline + deadline }

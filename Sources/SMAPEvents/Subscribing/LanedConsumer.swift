@@ -88,6 +88,10 @@ final class LanedConsumer: TransportConsumer {
 
     func untilEnded() async throws { try await consumer.untilEnded() }
 
+    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws {
+        try await consumer.widen(to: prefetch, deadline: deadline)
+    }
+
     func stop() async {
         await consumer.stop()
         end(nil)

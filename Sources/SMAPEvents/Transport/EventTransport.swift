@@ -140,8 +140,14 @@ public protocol TransportConsumer: Sendable {
     /// gone; then the broker delivers it again.
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws
 
-    /// Returns once the consumer has been stopped; throws why it ended otherwise, even if nobody waits for a delivery.
+    /// Returns once the consumer has been stopped; throws why it ended otherwise, also while no task waits for a delivery.
     func untilEnded() async throws
+
+    /// Has more deliveries unsettled at a time from now on. What was delivered stays as it is.
+    ///
+    /// - Parameter prefetch: How many, 1 to 65,535.
+    /// - Throws: ``EventsError`` when the broker does not agree by the deadline, or the consumer has ended.
+    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws
 
     /// Ends the stream of deliveries. What was delivered can still be settled.
     func stop() async

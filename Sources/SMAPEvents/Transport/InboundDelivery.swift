@@ -63,9 +63,11 @@ public struct InboundDelivery: Sendable {
     /// Quorum queues count deliveries (`x-delivery-count`). Other queues only tell that there was one before: then it
     /// is 1.
     public var redeliveries: Int {
+        // A publisher may have written the header; the broker's own comes with a redelivery.
+        guard isRedelivered else { return 0 }
         if case .integer(let count) = properties.headers["x-delivery-count"] {
-            return max(0, Int(clamping: min(count, 1_000_000_000)))
+            return max(1, Int(clamping: min(count, 1_000_000_000)))
         }
-        return isRedelivered ? 1 : 0
+        return 1
     }
 }

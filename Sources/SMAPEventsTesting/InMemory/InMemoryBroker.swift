@@ -321,6 +321,9 @@ public final class InMemoryBroker: EventTransport {
         state.queues[queue]?.ready.insert(message, at: index)
     }
 
+    /// A consumer of the queue may have more.
+    func dispatch(_ queue: QueueName) { state.withLock { Self.dispatch(queue, &$0) } }
+
     /// Gives what is ready to consumers that may have more, in turn.
     private static func dispatch(_ name: QueueName, _ state: inout State) {
         while let queue = state.queues[name], !queue.ready.isEmpty {
@@ -356,14 +359,20 @@ public final class InMemoryBroker: EventTransport {
 /// A consumer of an in-memory queue.
 final class InMemoryConsumer: TransportConsumer {
     let queue: QueueName
-    let prefetch: Int
+    var prefetch: Int { limit.load(ordering: .relaxed) }
+    private let limit: Atomic<Int>
     let buffer = DeliveryBuffer()
     private let broker: InMemoryBroker
 
     init(broker: InMemoryBroker, queue: QueueName, prefetch: Int) {
         self.broker = broker
         self.queue = queue
-        self.prefetch = prefetch
+        limit = Atomic(prefetch)
+    }
+
+    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws {
+        limit.store(prefetch, ordering: .relaxed)
+        broker.dispatch(queue)
     }
 
     func next() async throws -> InboundDelivery? { try await buffer.next() }
