@@ -31,6 +31,9 @@ struct WorkerCommand: AsyncParsableCommand {
     @Option(help: "How often an event is tried.")
     var attempts = 5
 
+    @Option(help: "The number of the event that kills the process. Without an inbox, whose leases it would wait for.")
+    var fatal: Int?
+
     /// What the subscription is; the test declares it too.
     static func subscription(queue: QueueName, attempts: Int) -> EventSubscription {
         var subscription = EventSubscription(
@@ -56,8 +59,9 @@ struct WorkerCommand: AsyncParsableCommand {
         let rabbitMQ = try RabbitMQTransport(configuration: RabbitMQConfiguration(reader: reader))
         let inbox = NotingInbox(inbox: try RedisInbox(configuration: RedisConfiguration(reader: reader)), note: note)
         var router = EventRouter()
-        router.on(Work.self) { [failShare] delivery in
+        router.on(Work.self) { [failShare, fatal] delivery in
             note("i", delivery.eventID.rawValue)
+            if delivery.event.number == fatal { kill(process, SIGKILL) }
             // Long enough to be killed inside.
             try await Task.sleep(for: .microseconds(Int.random(in: 0...2_000)))
             if Double.random(in: 0..<1) < failShare {
@@ -69,7 +73,7 @@ struct WorkerCommand: AsyncParsableCommand {
         }
         let subscriber = EventSubscriber(
             transport: rabbitMQ, subscription: Self.subscription(queue: try QueueName(queue), attempts: attempts),
-            router: router, inbox: inbox)
+            router: router, inbox: fatal == nil ? inbox : nil)
         try await subscriber.run()
     }
 

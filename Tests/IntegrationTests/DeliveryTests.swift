@@ -38,6 +38,56 @@ import Testing
         try await body(folder)
     }
 
+    @Test func `an event that kills its process is dead-lettered alone, and the others are handled`() async throws {
+        let (queue, key): (QueueName, RoutingKey) = ("worker.poisoned", "worker.work")
+        let environment = try await SharedStack.current.environment
+        let transport = try await SharedStack.transport()
+        var subscription = EventSubscription(
+            queue: queue, bindings: [TopicPattern(key)],
+            retry: RetryPolicy(rungs: [.milliseconds(50), .milliseconds(250)]))
+        subscription.deadline = .seconds(20)
+        try await subscription.topology.apply(to: transport)
+        let fatal = Int.random(in: 1_000_000...2_000_000)
+        let publisher = publisher(transport)
+        func publish(_ number: Int) async throws -> String {
+            let event = UntypedEvent(routingKey: key, data: Array("{\"number\":\(number)}".utf8))
+            return try await publisher.publish(event).eventID.rawValue
+        }
+        let poison = try await publish(fatal)
+        var others: Set<String> = []
+        for number in 1...199 { others.insert(try await publish(number)) }
+        try await withFolder { [others] folder in
+            let (ledger, processFile) = ("\(folder)/ledger", "\(folder)/pid")
+            func worker() async throws -> Program.Output {
+                try await Program.run(
+                    Program.built("smap-events-bench"),
+                    [
+                        "worker", "--queue", queue.rawValue, "--ledger", ledger, "--fail-share", "0", "--fatal",
+                        "\(fatal)",
+                    ], environment: environment, processFile: processFile)
+            }
+            // As a supervisor restarts it.
+            async let last: Void = {
+                var deaths = 0
+                while try await worker().status == 128 + SIGKILL { deaths += 1 }
+                #expect(deaths == 6, "three times with others in hand, three times alone")
+            }()
+            try await eventually("the others are handled", within: .seconds(120)) {
+                let done = Set(lines(ledger).filter { $0.first == "e" }.compactMap(\.last).map(String.init))
+                let dead = try await transport.status(of: queue.deadLetterQueue, deadline: .now + .seconds(20)).messages
+                return done.isSuperset(of: others) && dead > 0
+            }
+            try Program.signal(SIGTERM, processFile: processFile)
+            try await last
+        }
+        let letters = Locked<[String]>([])
+        try await DeadLetterQueue(of: queue, transport: transport).read { letter in
+            letters.withLock { $0.append("\(letter.eventID ?? "") \(letter.errorType ?? "")") }
+        }
+        #expect(letters.withLock { $0 } == ["\(poison) poison"])
+        await transport.close()
+    }
+
     @Test
     func `a worker that fails at random and is killed ten times handles every event, or gives up after its attempts`()
         async throws

@@ -366,6 +366,56 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `a message that kills its process is found although it waits for its lease in between`() async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let deaths = Atomic<Int>(0)
+            var router = EventRouter()
+            router.on(Numbered.self) { _ in
+                deaths.add(1, ordering: .relaxed)
+                try await Task.sleep(for: .seconds(600))
+                return .acknowledge
+            }
+            let subscription = subscription { $0.retry = RetryPolicy(rungs: [.seconds(1)]) }
+            try await harness.withSubscriber(subscription, router) {}
+            try await harness.publisher.publish(Numbered(number: 1))
+            // A lease that outlives its process, as one in Redis does.
+            let inbox = InMemoryInbox(clock: clock)
+            for death in 1...7 {
+                let subscriber = EventSubscriber(
+                    transport: harness.broker, subscription: subscription, router: router,
+                    inbox: LeakingInbox(inbox: inbox), clock: clock)
+                try await withThrowingTaskGroup(of: Void.self) { group in
+                    group.addTask { try await subscriber.run() }
+                    try await until {
+                        clock.advance(by: .seconds(1))
+                        return deaths.load(ordering: .relaxed) == death
+                            || !harness.broker.messages(in: queue.deadLetterQueue).isEmpty
+                    }
+                    group.cancelAll()
+                }
+            }
+            #expect(deaths.load(ordering: .relaxed) == 6)
+            let dead = harness.broker.messages(in: queue.deadLetterQueue)
+            #expect(dead.first?.properties.headers["x-smap-error-type"] == .string("poison"))
+        }
+    }
+
+    /// A process that dies releases nothing.
+    private struct LeakingInbox: Inbox {
+        let inbox: InMemoryInbox
+
+        func claim(_ entry: InboxEntry, lease: Duration, deadline: ContinuousClock.Instant) async throws -> InboxClaim {
+            try await inbox.claim(entry, lease: lease, deadline: deadline)
+        }
+
+        func complete(_ entry: InboxEntry, timeToLive: Duration, deadline: ContinuousClock.Instant) async throws {
+            try await inbox.complete(entry, timeToLive: timeToLive, deadline: deadline)
+        }
+
+        func release(_ entry: InboxEntry, token: String, deadline: ContinuousClock.Instant) async throws {}
+    }
+
     @Test func `what a subscriber itself loses with its connections, or a publisher has made up, makes no poison`()
         async throws
     {

@@ -14,13 +14,16 @@ package enum HistoryHeader {
     package static let reason = "x-smap-reason"
     package static let errorType = "x-smap-error-type"
     package static let replays = "x-smap-replays"
+    /// How often consumers died with it before this copy was made; its own deliveries are counted by its queue.
+    static let deaths = "x-smap-deaths"
 
     /// What the message had as properties, which copies cannot have.
     static let userID = "x-smap-user-id"
     static let expiration = "x-smap-expiration"
 
     static let all: Set<String> = [
-        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays, expiration,
+        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays, deaths,
+        expiration,
     ]
 
     /// Headers of brokers and plugins that act on a message, or tell of what they did with it.
@@ -45,6 +48,12 @@ extension InboundDelivery {
             // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
                 ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
+    }
+
+    /// How often consumers had died with it when this copy was made.
+    var earlierDeaths: Int {
+        guard exchange == ExchangeName.requeue else { return 0 }
+        return Int(clamping: min(max(0, number(HistoryHeader.deaths) ?? 0), 1_000_000))
     }
 
     package func text(_ header: String) -> String? {

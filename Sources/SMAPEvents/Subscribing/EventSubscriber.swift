@@ -311,7 +311,8 @@ public final class EventSubscriber: Service {
             generation = offer.generation
             do {
                 while let delivery = try await offer.consumer.next() {
-                    let deaths = max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
+                    let deaths =
+                        delivery.earlierDeaths + max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
                     let isSuspect = deaths >= subscription.suspicion
                     if isSuspect, !offer.isCautious {
                         // Not with others in hand: it goes back with them, and comes first.
