@@ -70,7 +70,9 @@ import Testing
             async let last: Void = {
                 var deaths = 0
                 while try await worker().status == 128 + SIGKILL { deaths += 1 }
-                #expect(deaths == 6, "three times with others in hand, three times alone")
+                // Three times with others in hand, three times alone; once less if the broker gives the others back first, since
+                // a suspect that comes with others is given back once more.
+                #expect((5...6).contains(deaths), "\(deaths)")
             }()
             try await eventually("the others are handled", within: .seconds(120)) {
                 let done = Set(lines(ledger).filter { $0.first == "e" }.compactMap(\.last).map(String.init))

@@ -23,7 +23,7 @@ private let queue: QueueName = "test.deliveries"
 
     /// Waits until something is so that only other tasks bring about; time on the manual clock stands still meanwhile.
     private func until(_ condition: @Sendable () async -> Bool) async throws {
-        let end = ContinuousClock.now + .seconds(20)
+        let end = ContinuousClock.now + .seconds(120)
         while !(await condition()) {
             try #require(ContinuousClock.now < end, "it never happened")
             await Task.yield()

@@ -246,7 +246,10 @@ public final class EventSubscriber: Service {
             group.addTask { [subscription] in
                 await offer.widening.wait()
                 try Task.checkCancellation()
-                try await consumer.widen(to: subscription.prefetch, deadline: .now + subscription.deadline)
+                // One more than one would be two.
+                if subscription.prefetch > 1 {
+                    try await consumer.widen(to: subscription.prefetch, deadline: .now + subscription.deadline)
+                }
                 try await consumer.untilEnded()
                 return .shutdown
             }
