@@ -457,6 +457,34 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `dead letters are replayed and purged whatever their clocks say, and none twice by one call`()
+        async throws
+    {
+        try await EventsTestHarness.withHarness { harness in
+            var router = EventRouter()
+            router.on(Numbered.self) { _ in .deadLetter(reason: "always") }
+            let subscription = subscription { _ in }
+            try await harness.withSubscriber(subscription, router) {
+                let event = EventEnvelope(
+                    routingKey: Numbered.routingKey, service: "s", schemaVersion: 1, data: Array(#"{"number":1}"#.utf8))
+                for time in ["2999-01-01T00:00:00Z", "1970-01-01T00:00:00Z"] {
+                    _ = try await harness.broker.publish(
+                        OutboundMessage(
+                            exchange: ExchangeName.deadLetters, routingKey: queue.rawValue,
+                            properties: MessageProperties(headers: [
+                                "x-smap-last-failure": .string(time),
+                                "x-smap-original-key": .string(Numbered.routingKey.rawValue),
+                            ]), body: try event.serialized()), deadline: .now + .seconds(5))
+                }
+                let letters = DeadLetterQueue(of: queue, transport: harness.broker)
+                let replayed = try await letters.replay()
+                #expect([replayed.examined, replayed.done, replayed.failed] == [2, 2, 0])
+                try await until { harness.broker.messages(in: queue.deadLetterQueue).count == 2 }
+                #expect(try await letters.purge().done == 2)
+            }
+        }
+    }
+
     // MARK: Inbox
 
     @Test func `an event that comes twice is handled once, also after a retry, and by two subscriptions of one scope`()

@@ -51,9 +51,16 @@ public struct DeadLetter: Sendable {
     }
 
     /// A copy to bring back: the original message, attempts counted from the beginning, marked as replayed.
-    func replay(to queue: QueueName) -> OutboundMessage {
+    ///
+    /// - Parameter run: The call that does so, which must not replay it twice.
+    func replay(to queue: QueueName, run: String) -> OutboundMessage {
         delivery.copy(
             to: ExchangeName.requeue, queue: queue,
-            headers: [HistoryHeader.replays: .integer(Int64(clamping: replays + 1))], reset: true)
+            headers: [
+                HistoryHeader.replays: .integer(Int64(clamping: replays + 1)), HistoryHeader.replayRun: .string(run),
+            ], reset: true)
     }
+
+    /// Whether a call has replayed it, and it has failed again since.
+    func wasReplayed(by run: String) -> Bool { delivery.text(HistoryHeader.replayRun) == run }
 }

@@ -79,12 +79,13 @@ public struct DeadLetterQueue: Sendable {
         where isChosen: (@Sendable (DeadLetter) -> Bool)? = nil, limit: Int = .max, rate: Double? = nil,
         isDryRun: Bool = false
     ) async throws -> Report {
-        try await take(isChosen, limit, rate, isDryRun) { letter in
+        let run = EventID().rawValue
+        return try await take(isChosen, limit, rate, isDryRun, run: run) { letter in
             guard !letter.isTruncated else {
                 throw EventsError(
                     .eventTooLarge, "a message is larger than the transport takes", operation: "replay")
             }
-            let copy = letter.replay(to: queue)
+            let copy = letter.replay(to: queue, run: run)
             guard try await transport.publish(copy, deadline: .now + .seconds(30)) else {
                 throw EventsError(
                     .unroutable, "\(queue) is not bound to \(ExchangeName.requeue)", operation: "replay")
@@ -97,24 +98,23 @@ public struct DeadLetterQueue: Sendable {
     public func purge(
         where isChosen: (@Sendable (DeadLetter) -> Bool)? = nil, limit: Int = .max, isDryRun: Bool = false
     ) async throws -> Report {
-        try await take(isChosen, limit, nil, isDryRun) { _ in }
+        try await take(isChosen, limit, nil, isDryRun, run: nil) { _ in }
     }
 
     // MARK: Reading
 
     private func take(
-        _ isChosen: (@Sendable (DeadLetter) -> Bool)?, _ limit: Int, _ rate: Double?, _ isDryRun: Bool,
+        _ isChosen: (@Sendable (DeadLetter) -> Bool)?, _ limit: Int, _ rate: Double?, _ isDryRun: Bool, run: String?,
         _ act: @escaping @Sendable (DeadLetter) async throws -> Void
     ) async throws -> Report {
         let progress = Mutex((report: Report(), chosen: 0))
         let start = ContinuousClock.now
-        let begin = Date()
         // Those that are not chosen are not settled, so that they do not come again at once. What is unsettled when the process
         // dies may have been replayed: no more than keeps those under way busy.
         let prefetch = isChosen == nil && !isDryRun ? 200 : Self.lookLimit
         try await each(prefetch: prefetch, concurrency: 100) { letter in
-            // One of those that have just been replayed: not again.
-            if let last = letter.lastFailure, last > begin { return .skip }
+            // One of those that this call has replayed: not again. Clocks, which differ, have no say in it.
+            if let run, letter.wasReplayed(by: run) { return .skip }
             let choice = progress.withLock { progress -> Choice in
                 guard progress.chosen < limit else { return .stop }
                 progress.report.examined += 1

@@ -14,6 +14,8 @@ package enum HistoryHeader {
     package static let reason = "x-smap-reason"
     package static let errorType = "x-smap-error-type"
     package static let replays = "x-smap-replays"
+    /// The call that has replayed it last.
+    static let replayRun = "x-smap-replay-run"
     /// How often consumers died with it before this copy was made; its own deliveries are counted by its queue.
     static let deaths = "x-smap-deaths"
 
@@ -22,7 +24,7 @@ package enum HistoryHeader {
     static let expiration = "x-smap-expiration"
 
     static let all: Set<String> = [
-        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays, deaths,
+        exchange, routingKey, attempts, firstFailure, lastFailure, reason, errorType, replays, replayRun, deaths,
         expiration,
     ]
 
