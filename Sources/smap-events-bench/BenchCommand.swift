@@ -33,7 +33,9 @@ struct BenchCommand: AsyncParsableCommand {
         var window = 1_000
 
         @Option(help: "How many tasks publish, handle or report.")
-        var tasks = 100
+        var tasks = defaultTasks
+
+        static let defaultTasks = 100
 
         @Flag(
             help: "Measure bare loops too: before and after each typed run, five times, and the median ratio to each.")
@@ -73,7 +75,7 @@ struct BenchCommand: AsyncParsableCommand {
             guard (1...100_000).contains(contentsOf ?? 1) else {
                 throw ValidationError("--contents-of is 1 to 100000.")
             }
-            guard contentsOf == nil || options.tasks == Options().tasks else {
+            guard contentsOf == nil || options.tasks == Options.defaultTasks else {
                 throw ValidationError("With --contents-of one task publishes: leave --tasks out.")
             }
         }
