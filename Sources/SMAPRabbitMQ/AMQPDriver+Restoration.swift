@@ -6,7 +6,7 @@ internal import SMAPEvents
 ///
 /// Publishing and new requests wait until all of it is answered, at most for the stall limit, counted over all connections
 /// that it takes. What fails is tried again on the same connection: soon while everything waits, later at growing intervals.
-/// A passing failure (a cluster that is being formed refuses what it takes a moment later) costs nobody a connection.
+/// A passing failure (a cluster that is being formed refuses what it takes a moment later) costs no connection.
 extension AMQPDriver {
     struct Restoration {
         /// The descriptions of the declarations that everything else waits for.

@@ -772,6 +772,34 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    @Test func `a breaker that stays open gives back what it holds before the broker takes it`() async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.isRedelivered)")
+                throw Failure()
+            }
+            let subscription = subscription {
+                $0.retry = RetryPolicy(maximumAttempts: 1_000, rungs: [.seconds(900)])
+                $0.circuitBreaker = CircuitBreakerPolicy(window: 1, failureShare: 1, pause: .seconds(600))
+                $0.concurrency = 1
+            }
+            try await harness.withSubscriber(subscription, router) {
+                for number in 1...4 { try await harness.publisher.publish(Numbered(number: number)) }
+                try await until { harness.broker.messages(in: "smap.retry.900s").count == 1 }
+                // Each is parked after the breaker has noted its failure. The first trial comes within the time for which it may hold, the second one does not.
+                clock.advance(by: .seconds(600))
+                try await until { harness.broker.messages(in: "smap.retry.900s").count == 2 }
+                clock.advance(by: .seconds(600))
+                try await until { log.all.count == 3 }
+            }
+            #expect(log.all == ["false", "false", "true"])
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
     @Test func `a second request under a correlation id that is in use is refused`() async throws {
         let broker = InMemoryBroker()
         try await broker.declare(QueueDeclaration("test.asked"), deadline: .now + .seconds(5))

@@ -183,7 +183,7 @@ struct DeliveryProcessor: Sendable {
         var headers =
             counts ? delivery.failureHeaders(attempts: attempts) : [HistoryHeader.attempts: .integer(Int64(attempts))]
         // Its queue counts the copy's deliveries from the beginning. A handler that has answered has survived it.
-        headers[HistoryHeader.deaths] = .integer(Int64(counts ? 0 : inHand.deaths))
+        if inHand.deaths > 0 { headers[HistoryHeader.deaths] = .integer(Int64(counts ? 0 : inHand.deaths)) }
         let copy = delivery.copy(
             to: RetryPolicy.parkingPlace(pause), queue: subscription.queue, headers: headers)
         return await replace(inHand, by: copy, otherwise: .requeue) ? .retried : .unsettled

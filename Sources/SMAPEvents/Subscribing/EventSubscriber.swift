@@ -299,7 +299,11 @@ public final class EventSubscriber: Service {
                 "subscription paused",
                 metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
             try await stopwatch.sleepUntil(since + breaker.policy.pause)
-            if breaker.hasHeld(for: DeliveryProcessor.holdLimit) { intake.current?.renewal.open() }
+            // First of all it is withdrawn, so that nothing that goes back is tried.
+            if breaker.hasHeld(for: DeliveryProcessor.holdLimit), let offer = intake.current {
+                intake.withdraw(offer)
+                offer.renewal.open()
+            }
             breaker.beginTrial()
             recordActivity()
         }
@@ -325,15 +329,17 @@ public final class EventSubscriber: Service {
                     // Where another process would take over meanwhile, the order is kept by waiting.
                     if offer.isCautious, !isSuspect, !subscription.isSingleActive { offer.widen() }
                     var isTrial = false
-                    switch await breaker?.admit() {
-                    case .refused: return
-                    case .trial: isTrial = true
-                    case .granted, nil: break
-                    }
-                    // It comes again if its consumer has ended meanwhile.
-                    guard intake.isCurrent(offer) else {
-                        if isTrial { breaker?.trialEnded() }
-                        break
+                    if let breaker {
+                        switch await breaker.admit() {
+                        case .refused: return
+                        case .trial: isTrial = true
+                        case .granted: break
+                        }
+                        // It comes again if its consumer has ended meanwhile.
+                        guard intake.isCurrent(offer) else {
+                            if isTrial { breaker.trialEnded() }
+                            break
+                        }
                     }
                     let start = ContinuousClock.now
                     let inHand = DeliveryInHand(delivery.restored(), offer.consumer, isTrial: isTrial, deaths: deaths)

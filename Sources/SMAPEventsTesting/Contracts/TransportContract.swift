@@ -299,6 +299,21 @@ public enum TransportContract {
             }
             try await bench.await(0, in: queue)
         },
+        Check("a consumer that is widened has more at a time, and settles what it had before") { bench in
+            let (exchange, queue) = try await bench.bound()
+            for body in ["1", "2", "3"] { _ = try await bench.publish(exchange, "a.b", body) }
+            try await bench.transport.withConsumer(on: queue, prefetch: 1, deadline: bench.deadline) { consumer in
+                let first = try await consumer.next()
+                try await consumer.widen(to: 3, deadline: bench.deadline)
+                let others = [try await consumer.next(), try await consumer.next()]
+                try ContractViolation.equal(
+                    ([first] + others).map { $0?.body }, ["1", "2", "3"].map { Array($0.utf8) }, "each once, in order")
+                for delivery in [first] + others {
+                    if let delivery { try consumer.settle(delivery, .acknowledge) }
+                }
+            }
+            try await bench.await(0, in: queue)
+        },
         Check("what is not settled comes again, marked as redelivered and counted") { bench in
             let (exchange, queue) = try await bench.bound()
             try await bench.publish(exchange)
