@@ -41,8 +41,9 @@ final class AMQPChannel {
         case opening(isLast: Bool)
         case repliesConsumed
         case prefetchSet
-        /// The consumer is cancelled, to begin again with another prefetch.
-        case cancelled(Consumer, BrokerRequest)
+        /// The consumer is cancelled, to consume again with another prefetch.
+        case cancelled(Consumer)
+        case consumedAgain
         /// A declaration that was made before a loss.
         case restored(BrokerRequest.Operation)
         case closedByUs
@@ -58,7 +59,7 @@ final class AMQPChannel {
         /// Whether a caller still waits for it; checked before it is sent.
         var isWanted: Bool {
             switch completion {
-            case .request(let request): !request.isAnswered || request.isUnconditional
+            case .request(let request): !request.isAnswered || request.isClose
             default: true
             }
         }
@@ -91,8 +92,14 @@ final class AMQPChannel {
     let role: Role
     private(set) var state = State.closed
     var assembly: Assembly?
-    /// How many consumers have begun again on it.
+    /// How often its consumer has begun to consume again.
     var consumers = 0
+    /// Whether its consumer is cancelled at the moment, to consume again.
+    var isWidening = false
+    /// Those who want its consumer stopped, who wait for that.
+    var stops: [BrokerRequest] = []
+    /// Whether its consumer is to be stopped, or is.
+    var isStopped = false
     /// How often in a row it was closed before anything was done on it.
     var failures = 0
     private var queued: Deque<Step> = []
@@ -176,6 +183,14 @@ final class AMQPChannel {
         guard let step = awaiting.first, step.reply == method.id else { return nil }
         stepLimit = limit
         return awaiting.removeFirst()
+    }
+
+    /// The broker has closed the channel as asked. What was in flight before is not answered any more: RabbitMQ leaves out the
+    /// answer to a cancel that it has not carried out yet.
+    func takeStepsBeforeClosing() -> [Step] {
+        guard isClosing, let index = awaiting.firstIndex(where: \.isPartOfClosing) else { return [] }
+        defer { awaiting.removeFirst(index) }
+        return Array(awaiting.prefix(index))
     }
 
     /// The channel is gone: the broker has closed it, or has answered our close.

@@ -135,6 +135,11 @@ extension AMQPDriver {
                 channel, code: Int(close.reply_code), text: Self.text(close.reply_text),
                 method: UInt32(close.class_id) << 16 | UInt32(close.method_id))
         default:
+            if method.id == AMQP_CHANNEL_CLOSE_OK_METHOD {
+                let error = EventsError(
+                    .connectionLost, "the channel was closed before it was answered", operation: "channel")
+                for step in channel.takeStepsBeforeClosing() { try complete(step, on: channel, .failure(error)) }
+            }
             guard let step = channel.takeStep(for: method, limit: answerLimit) else {
                 // Our close and the broker's have crossed: the channel is opened again already.
                 if method.id == AMQP_CHANNEL_CLOSE_OK_METHOD { return }
@@ -274,6 +279,7 @@ extension AMQPDriver {
             for step in [failed].compactMap({ $0 }) + channel.takeAll() {
                 try complete(step, on: channel, .failure(error))
             }
+            answerStops(channel)
             if case .request(let request) = closing?.completion { answer(request, .success(.done)) }
             consumer.fail(EventsError(code, text, operation: "consume from \(consumer.queue)"))
         }

@@ -7,11 +7,10 @@ internal import SMAPEvents
 extension AMQPDriver {
     /// Sends a request. What cannot be encoded fails by itself.
     func begin(_ request: BrokerRequest) throws {
-        guard !request.isAnswered || request.isUnconditional else { return connection.forget(request) }
+        guard !request.isAnswered || request.isClose else { return connection.forget(request) }
         do {
             switch request.operation {
             case .consume(let consumer): try beginConsuming(consumer, request)
-            case .widenConsumer(let consumer): try widen(consumer, request)
             case .stopConsumer(let consumer): try stop(consumer, request)
             case .closeConsumer(let consumer): try close(consumer, request)
             case .consumeReplies: try beginConsumingReplies(request)
@@ -84,7 +83,7 @@ extension AMQPDriver {
             method.exchange = arena.bytes(binding.exchange)
             method.routing_key = arena.bytes(binding.routingKey)
             return try step(AMQP_QUEUE_BIND_METHOD, reply: AMQP_QUEUE_BIND_OK_METHOD, method)
-        case .consume, .widenConsumer, .stopConsumer, .closeConsumer, .consumeReplies:
+        case .consume, .stopConsumer, .closeConsumer, .consumeReplies:
             throw AMQPFailure.unexpected("no method of the topology channel")
         }
     }
@@ -104,13 +103,14 @@ extension AMQPDriver {
             }
             if channel === topology { connection.topologyOpened() }
         case .prefetchSet: break
-        case .cancelled(let consumer, let request):
-            switch result {
-            case .success:
-                channel.consumers += 1
-                for step in try consumeSteps(consumer, on: channel, request) { channel.enqueue(step) }
-            case .failure(let error): answer(request, .failure(error))
-            }
+        case .consumedAgain: break
+        case .cancelled(let consumer):
+            channel.isWidening = false
+            consumer.widened()
+            answerStops(channel)
+            guard case .success = result, !channel.isStopped, !channel.isClosing else { return }
+            channel.consumers += 1
+            for step in try consumeSteps(consumer, on: channel, .consumedAgain) { channel.enqueue(step) }
         case .restored(let operation):
             channel.failures = 0
             try restored(operation, result)
@@ -148,6 +148,7 @@ extension AMQPDriver {
             for step in channel.takeAll() {
                 if case .request(let other) = step.completion { answer(other, .success(.done)) }
             }
+            answerStops(channel)
             connection.remove(consumer)
             answer(request, .success(.done))
         case (let operation, .success(let method)):
@@ -199,13 +200,10 @@ extension AMQPDriver {
     // MARK: Consumers
 
     private func beginConsuming(_ consumer: Consumer, _ request: BrokerRequest) throws {
+        // As for the topology's channel: a broker that leaves so many unanswered may answer on another connection.
         guard retiredCount < Self.retiredLimit else {
-            return answer(
-                request,
-                .failure(
-                    EventsError(
-                        .overloaded, "the broker does not answer on \(retiredCount) channels", operation: request.name))
-            )
+            throw EventsError(
+                .connectionLost, "the broker does not answer on \(retiredCount) channels", operation: "connection")
         }
         guard let number = freeChannel() else {
             answer(
@@ -217,13 +215,13 @@ extension AMQPDriver {
             return
         }
         let channel = AMQPChannel(number: number, role: .consuming(consumer))
-        for step in try consumeSteps(consumer, on: channel, request) { channel.enqueue(step) }
+        for step in try consumeSteps(consumer, on: channel, .request(request)) { channel.enqueue(step) }
         try open(channel)
         connection.add(consumer)
     }
 
     private func consumeSteps(
-        _ consumer: Consumer, on channel: AMQPChannel, _ request: BrokerRequest
+        _ consumer: Consumer, on channel: AMQPChannel, _ completion: AMQPChannel.Completion
     ) throws -> [AMQPChannel.Step] {
         let number = channel.number
         var qos = amqp_basic_qos_t()
@@ -238,20 +236,24 @@ extension AMQPDriver {
             AMQPChannel.Step(
                 reply: AMQP_BASIC_QOS_OK_METHOD,
                 frame: try MethodEncoder.frame(AMQP_BASIC_QOS_METHOD, on: number, qos), completion: .prefetchSet),
-            AMQPChannel.Step(reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: .request(request)),
+            AMQPChannel.Step(reply: AMQP_BASIC_CONSUME_OK_METHOD, frame: consume, completion: completion),
         ]
     }
 
     /// A prefetch holds for consumers that begin after it (RabbitMQ guide, "Consumer Prefetch"): so this one begins again, on
     /// its channel, where what it has in hand can still be settled.
-    private func widen(_ consumer: Consumer, _ request: BrokerRequest) throws {
-        guard let channel = channel(of: consumer), !channel.isClosing else {
-            return answer(
-                request,
-                .failure(EventsError(.connectionLost, "the consumer has ended", operation: request.name)))
-        }
+    func widen(_ consumer: Consumer, on channel: AMQPChannel) throws {
+        guard !channel.isStopped, !channel.isWidening else { return consumer.widened() }
+        channel.isWidening = true
         // One after the other: RabbitMQ answers a cancel later than what comes behind it.
-        channel.enqueue(try cancelStep(channel, .cancelled(consumer, request)))
+        channel.enqueue(try cancelStep(channel, .cancelled(consumer)))
+        try sendSteps(channel)
+    }
+
+    /// The consumer of a channel has been cancelled, or the channel is gone.
+    func answerStops(_ channel: AMQPChannel) {
+        for request in channel.stops { answer(request, .success(.done)) }
+        channel.stops = []
     }
 
     private func cancelStep(
@@ -290,6 +292,9 @@ extension AMQPDriver {
             answer(request, .success(.done))
             return
         }
+        channel.isStopped = true
+        // It is being cancelled already, and then does not consume again.
+        guard !channel.isWidening else { return channel.stops.append(request) }
         channel.enqueue(try cancelStep(channel, .request(request)))
     }
 
@@ -299,7 +304,7 @@ extension AMQPDriver {
             answer(request, .success(.done))
             return
         }
-        if channel.isOpen { sendSettlements(of: consumer, on: channel) }
+        if channel.isOpen { sendSettlements(of: consumer, on: channel, isLast: true) }
         try beginClosing(channel, .request(request))
     }
 }

@@ -21,12 +21,14 @@ extension AMQPDriver {
     func sendSettlements() throws {
         for channel in channels.values {
             guard case .consuming(let consumer) = channel.role, channel.isOpen else { continue }
+            if consumer.beginsWidening() { try widen(consumer, on: channel) }
             sendSettlements(of: consumer, on: channel)
         }
     }
 
-    func sendSettlements(of consumer: Consumer, on channel: AMQPChannel) {
-        let frames = consumer.settlements()
+    /// - Parameter isLast: Whether the channel is closed behind them.
+    func sendSettlements(of consumer: Consumer, on channel: AMQPChannel, isLast: Bool = false) {
+        let frames = consumer.settlements(isLast: isLast)
         guard !frames.isEmpty else { return }
         stream.append { output in
             for frame in frames {

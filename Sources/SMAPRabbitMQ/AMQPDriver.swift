@@ -240,10 +240,10 @@ final class AMQPDriver: ConnectionDriver {
             for step in steps {
                 switch step.completion {
                 case .request(let request): answer(request, request.isClose ? .success(.done) : .failure(error))
-                case .cancelled(_, let request): answer(request, .failure(error))
                 default: break
                 }
             }
+            answerStops(channel)
             connection.remove(consumer)
             consumer.fail(EventsError(.connectionLost, error.message, operation: "consume from \(consumer.queue)"))
         default:

@@ -20,8 +20,6 @@ final class BrokerRequest: Sendable {
         /// Consumes the replies to requests on the publishing channel.
         case consumeReplies
         case consume(Consumer)
-        /// Begins again on the same channel, with another prefetch.
-        case widenConsumer(Consumer)
         case stopConsumer(Consumer)
         case closeConsumer(Consumer)
     }
@@ -57,9 +55,6 @@ final class BrokerRequest: Sendable {
         }
     }
 
-    /// Whether it is carried out although no caller waits for it any more: begun, it must not be left half done.
-    var isUnconditional: Bool { if case .widenConsumer = operation { true } else { isClose } }
-
     func succeed(_ reply: Reply) { waiter.resolve(.success(reply)) }
 
     func fail(_ code: EventsError.Code, _ message: String) {
@@ -76,8 +71,7 @@ extension BrokerRequest.Operation: CustomStringConvertible {
         case .checkExchange(let name): "exchange \(name)"
         case .checkQueue(let name): "queue \(name)"
         case .consumeReplies: "consumer of replies"
-        case .consume(let consumer), .widenConsumer(let consumer), .stopConsumer(let consumer),
-            .closeConsumer(let consumer):
+        case .consume(let consumer), .stopConsumer(let consumer), .closeConsumer(let consumer):
             "consumer of \(consumer.queue)"
         }
     }

@@ -3,8 +3,16 @@ internal import Synchronization
 
 /// One consumer on a channel of its own.
 final class Consumer: TransportConsumer {
+    private enum Widening {
+        case none
+        case wanted
+        /// It is cancelled, and consumes again when the broker has answered.
+        case begun
+    }
+
     private struct State {
         var tracker = AckTracker()
+        var widening = Widening.none
         /// Whether settlements can still reach the broker.
         var isChannelOpen = true
     }
@@ -40,9 +48,10 @@ final class Consumer: TransportConsumer {
 
     func untilEnded() async throws { try await buffer.untilEnded() }
 
-    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws {
+    func widen(to prefetch: Int) {
         limit.store(prefetch, ordering: .relaxed)
-        _ = try await connection.request(.widenConsumer(self), name: "consume from \(queue)", deadline: deadline)
+        state.withLock { if $0.widening == .none { $0.widening = .wanted } }
+        connection.wake()
     }
 
     /// Whether the broker still knows of this consumer's channel.
@@ -71,9 +80,25 @@ final class Consumer: TransportConsumer {
     /// Whether so many deliveries are unsettled that it pays to send their settlements together, a millisecond later.
     var isBusy: Bool { state.withLock { $0.tracker.count >= 64 } }
 
-    func settlements() -> [AckTracker.Frame] {
-        state.withLock { $0.tracker.flush() }
+    /// What is to be sent for what was settled. Nothing while the consumer is widened: what RabbitMQ sends to a consumer just when
+    /// that is cancelled reaches no client (seen on 3.10), so it must not be made to send anything.
+    ///
+    /// - Parameter isLast: Whether the channel is closed behind it.
+    func settlements(isLast: Bool = false) -> [AckTracker.Frame] {
+        state.withLock { $0.widening == .none || isLast ? $0.tracker.flush() : [] }
     }
+
+    /// Whether it is to be cancelled now, to consume again with more.
+    func beginsWidening() -> Bool {
+        state.withLock { state in
+            guard state.widening == .wanted else { return false }
+            state.widening = .begun
+            return true
+        }
+    }
+
+    /// The broker has cancelled it as asked: from here on settlements make it send nothing to the old consumer.
+    func widened() { state.withLock { $0.widening = .none } }
 
     /// The broker, or the loss of the connection, has ended this consumer.
     func fail(_ error: EventsError, isChannelOpen: Bool = false) {

@@ -106,7 +106,7 @@ extension RabbitMQConnection {
             case _ where request === blamed:
                 forget(request)
                 request.fail(error.code, error.message)
-            case .consume, .widenConsumer:
+            case .consume:
                 forget(request)
                 request.fail(error.isRetriable ? error.code : .connectionLost, error.message)
             default:

@@ -215,7 +215,7 @@ private let queue: QueueName = "test.deliveries"
             { $0.retry.rungs = [.microseconds(1)] }, { $0.retry.multiplier = 0.5 }, { $0.handlerDeadline = .zero },
             { $0.circuitBreaker = CircuitBreakerPolicy(window: 0) }, { $0.inbox.timeToLive = .seconds(60) },
             {
-                $0.lane = .project; $0.retry.maximumDelay = .seconds(3_600)
+                $0.orderingKey = .project; $0.retry.maximumDelay = .seconds(3_600)
             },
         ]
         for change in wrong {
@@ -622,52 +622,6 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
-    @Test func `lanes keep the order within a project, through retries too, and projects do not wait for each other`()
-        async throws
-    {
-        let clock = ManualClock()
-        try await EventsTestHarness.withHarness(clock: clock) { harness in
-            let log = Log()
-            let (released, release) = AsyncStream.makeStream(of: Void.self)
-            var router = EventRouter()
-            router.on(Numbered.self) { delivery in
-                let name = "\(delivery.projectID?.rawValue ?? "-") \(delivery.event.number)"
-                if name == "slow 1" { for await _ in released { break } }
-                log.add("\(name) \(delivery.attempt)")
-                return name == "failing 2" && delivery.attempt < 3 ? .retry : .acknowledge
-            }
-            let subscription = subscription {
-                $0.lane = .project
-                $0.retry = RetryPolicy(rungs: [.seconds(1)])
-            }
-            try await harness.withSubscriber(subscription, router) {
-                for number in 1...4 {
-                    for project in ["slow", "failing", "fast"] {
-                        try await harness.publisher.publish(
-                            Numbered(projectID: try ProjectID(project), number: number))
-                    }
-                }
-                try await until { log.all.contains("fast 4 1") && log.all.contains("failing 2 1") }
-                #expect(!log.all.contains { $0.hasPrefix("slow") || $0.hasPrefix("failing 3") })
-                for attempt in 2...3 {
-                    try await until { clock.sleeperCount >= 2 }
-                    clock.advance(by: .seconds(1))
-                    try await until { log.all.contains("failing 2 \(attempt)") }
-                }
-                release.yield()
-                try await harness.settled(queue)
-            }
-            func order(_ project: String) -> [String] { log.all.filter { $0.hasPrefix(project) } }
-            #expect(order("slow") == (1...4).map { "slow \($0) 1" })
-            #expect(order("fast") == (1...4).map { "fast \($0) 1" })
-            #expect(
-                order("failing") == [
-                    "failing 1 1", "failing 2 1", "failing 2 2", "failing 2 3", "failing 3 1", "failing 4 1",
-                ])
-            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
-        }
-    }
-
     @Test func `a batch is handled when it is full or old enough, with an outcome for each`() async throws {
         let clock = ManualClock()
         try await EventsTestHarness.withHarness(clock: clock) { harness in
@@ -716,7 +670,7 @@ private let queue: QueueName = "test.deliveries"
 
     @Test(arguments: [(1, false), (8, false), (8, true)])
     func `a circuit breaker pauses, tries one at a time, and never drains the queue into the dead letters`(
-        concurrency: Int, hasLanes: Bool
+        concurrency: Int, isOrdered: Bool
     ) async throws {
         let clock = ManualClock()
         try await EventsTestHarness.withHarness(clock: clock) { harness in
@@ -732,13 +686,13 @@ private let queue: QueueName = "test.deliveries"
                 $0.retry = RetryPolicy(maximumAttempts: 3, rungs: [.milliseconds(1)])
                 $0.circuitBreaker = CircuitBreakerPolicy(window: 5, failureShare: 0.8, pause: .seconds(10))
                 $0.concurrency = concurrency
-                $0.lane = hasLanes ? .init { "\($0.data.count)" } : nil
+                $0.orderingKey = isOrdered ? .init { "\($0.data.count)" } : nil
             }
             let subscriber = EventSubscriber(
                 transport: harness.broker, subscription: subscription, router: router, clock: clock)
             try await subscriber.declare()
             // Few, so that each is tried more often than it has attempts.
-            let events = hasLanes ? [1, 10, 100, 1_000, 10_000, 100_000] : [1, 2, 3, 4, 5, 6]
+            let events = isOrdered ? [1, 10, 100, 1_000, 10_000, 100_000] : [1, 2, 3, 4, 5, 6]
             for number in events { try await harness.publisher.publish(Numbered(number: number)) }
             try await withThrowingTaskGroup(of: Void.self) { group in
                 group.addTask { try await subscriber.run() }

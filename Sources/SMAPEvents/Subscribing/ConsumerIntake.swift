@@ -8,24 +8,32 @@ final class ConsumerIntake: Sendable {
     final class Offer: Sendable {
         /// Grows with each consumer.
         let generation: Int
-        let consumer: any TransportConsumer
-        /// Opened once it may have more than one delivery at a time: the first one is none that may kill its consumers.
-        let widening = Latch()
+        let source: any DeliverySource
+        private let consumer: any TransportConsumer
         /// Opened when another consumer is wanted.
-        let renewal = Latch()
-        private let cautious = Atomic<Bool>(true)
+        let renewal: Latch
+        private let cautious: Atomic<Bool>
+        private let prefetch: Int
 
-        init(generation: Int, consumer: any TransportConsumer) {
+        init(
+            generation: Int, source: any DeliverySource, consumer: any TransportConsumer, renewal: Latch,
+            isCautious: Bool, prefetch: Int
+        ) {
             self.generation = generation
+            self.source = source
             self.consumer = consumer
+            self.renewal = renewal
+            cautious = Atomic(isCautious)
+            self.prefetch = prefetch
         }
 
         /// Whether it has one delivery at a time.
         var isCautious: Bool { cautious.load(ordering: .relaxed) }
 
+        /// It may have more than one delivery at a time: the first one is none that may kill its consumers.
         func widen() {
-            cautious.store(false, ordering: .relaxed)
-            widening.open()
+            guard cautious.exchange(false, ordering: .relaxed), prefetch > 1 else { return }
+            consumer.widen(to: prefetch)
         }
     }
 
@@ -40,10 +48,12 @@ final class ConsumerIntake: Sendable {
     private let state = Mutex(State())
 
     /// Offers a new consumer to the workers.
-    func offer(_ consumer: any TransportConsumer) -> Offer {
+    ///
+    /// - Parameter offer: Makes it, of the generation that it is given.
+    func offer(_ makeOffer: (Int) -> Offer) -> Offer {
         let (offer, waiting) = state.withLock { state in
             state.generation += 1
-            let offer = Offer(generation: state.generation, consumer: consumer)
+            let offer = makeOffer(state.generation)
             state.offer = offer
             defer { state.waiting = [:] }
             return (offer, Array(state.waiting.values))

@@ -69,11 +69,18 @@ extension InboundDelivery {
     }
 
     /// This delivery, after one more failure.
-    func failedOnce() -> InboundDelivery {
-        InboundDelivery(
+    func failedOnce(now: Date = Date()) -> InboundDelivery {
+        withFailures(failedAttempts + 1, since: text(HistoryHeader.firstFailure) ?? RFC3339.string(from: now))
+    }
+
+    /// This delivery, after so many failures, the first of them at `first`.
+    func withFailures(_ count: Int, since first: String?) -> InboundDelivery {
+        var properties = properties
+        properties.headers[HistoryHeader.firstFailure] = first.map { .string($0) }
+        return InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
             body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: headerTable,
-            failedAttempts: failedAttempts + 1)
+            failedAttempts: count)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.

@@ -1,6 +1,6 @@
 internal import Synchronization
 
-/// A delivery between being taken from its consumer and being settled.
+/// A delivery between being taken from its source and being settled.
 ///
 /// Invariant (P3): one outcome. Whoever decides first settles it: its worker, or the watch, when its time is up.
 final class DeliveryInHand: Sendable {
@@ -11,18 +11,18 @@ final class DeliveryInHand: Sendable {
     }
 
     let delivery: InboundDelivery
-    let consumer: any TransportConsumer
+    let source: any DeliverySource
     /// Whether the circuit breaker was trying whether handlers work again when this was taken.
     let isTrial: Bool
-    /// How often its consumer died with it, as far as is known.
+    /// How often a consumer died with it, as far as is known.
     let deaths: Int
     private let state = Mutex(State())
 
-    init(_ delivery: InboundDelivery, _ consumer: any TransportConsumer, isTrial: Bool, deaths: Int) {
+    init(_ delivery: InboundDelivery, _ source: any DeliverySource, isTrial: Bool, deaths: Int) {
         self.isTrial = isTrial
         self.deaths = deaths
         self.delivery = delivery
-        self.consumer = consumer
+        self.source = source
     }
 
     /// Takes the decision. False if somebody has taken it before.

@@ -174,10 +174,10 @@ struct DeliveryProcessor: Sendable {
         _ inHand: DeliveryInHand, _ pause: Duration, _ attempts: Int, counts: Bool
     ) async -> ConsumerMetrics.Outcome {
         let delivery = inHand.delivery
-        if let lanes = inHand.consumer as? LanedConsumer {
-            // A copy would come back behind those that it belongs before.
+        if inHand.source.isOrdered(delivery) {
+            // A copy would come back behind those that it belongs before. It comes again only when its lease is free.
             await release(inHand)
-            lanes.postpone(counts ? delivery.failedOnce() : delivery, for: pause)
+            inHand.source.scheduleRetry(counts ? delivery.failedOnce() : delivery, after: pause)
             return .retried
         }
         var headers =
@@ -280,7 +280,7 @@ struct DeliveryProcessor: Sendable {
 
     private func settle(_ inHand: DeliveryInHand, _ settlement: Settlement) -> Bool {
         do {
-            try inHand.consumer.settle(inHand.delivery, settlement)
+            try inHand.source.settle(inHand.delivery, settlement)
             return true
         } catch {
             log("delivery could not be settled and will come again", inHand.delivery, reason: "\(error)")

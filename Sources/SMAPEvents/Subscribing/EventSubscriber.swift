@@ -43,6 +43,10 @@ public final class EventSubscriber: Service {
     /// How often this subscriber has given back, or lost with its consumer, what it had fetched: that counted as a delivery of
     /// each such message, and killed no process.
     private let returns = Atomic<Int>(0)
+    /// Whether the next consumer has one delivery at a time at first: what comes first may be what killed the process before
+    /// this one, or is known to be suspect.
+    private let isCautious = Atomic<Bool>(true)
+    private let keys: OrderingKeys
 
     /// Makes a subscriber; ``run()`` starts it.
     ///
@@ -60,6 +64,7 @@ public final class EventSubscriber: Service {
         self.logger = logger
         self.hasInbox = inbox != nil
         self.metrics = ConsumerMetrics(subscription.queue)
+        self.keys = OrderingKeys(subscription.queue)
         self.stopwatch = Stopwatch(clock)
         self.breaker = subscription.circuitBreaker.map { [stopwatch] in CircuitBreaker($0, stopwatch) }
         self.processor = DeliveryProcessor(
@@ -130,7 +135,14 @@ public final class EventSubscriber: Service {
             case .stopping: "is shutting down"
             case .ended: "has ended"
             }
-        return Health(problems: problem.map { ["subscription \(subscription.queue) \($0)"] } ?? [])
+        let waiting = keys.waiting
+        let warning: String? =
+            waiting >= subscription.unsettledLimit - subscription.concurrency && waiting > 0
+            ? "fetches no more: \(waiting) events wait behind slow or failing ones of their ordering keys" : nil
+        let subject = "subscription \(subscription.queue)"
+        return Health(
+            problems: problem.map { ["\(subject) \($0)"] } ?? [],
+            warnings: warning.map { ["\(subject) \($0)"] } ?? [])
     }
 
     private var isStuck: Bool {
@@ -157,15 +169,16 @@ public final class EventSubscriber: Service {
         while !Task.isShuttingDownGracefully {
             do {
                 try await cancelWhenGracefulShutdown { try await self.declare() }
-                // The first message may be what killed the process before this one: it comes alone.
+                let isCautious = isCautious.load(ordering: .relaxed)
                 let end = try await transport.withConsumer(
-                    on: subscription.queue, prefetch: 1, deadline: .now + subscription.deadline
+                    on: subscription.queue, prefetch: isCautious ? 1 : subscription.unsettledLimit,
+                    deadline: .now + subscription.deadline
                 ) { consumer in
                     if case .recovering = phase.withLock({ $0 }) {
                         logger.notice("subscription resumed", metadata: ["queue": "\(subscription.queue)"])
                     }
                     enter(.consuming)
-                    return try await serve(consumer, intake, pool)
+                    return try await serve(consumer, isCautious: isCautious, intake, pool)
                 }
                 guard end == .renewal else { return }
                 hasConsumed = true
@@ -203,22 +216,38 @@ public final class EventSubscriber: Service {
         }
     }
 
-    /// Has the workers take deliveries from a consumer, in lanes if so wanted.
+    /// Has the workers take deliveries from a consumer, in order if so wanted.
     private func serve(
-        _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
+        _ consumer: any TransportConsumer, isCautious: Bool, _ intake: ConsumerIntake, _ pool: HandlerPool
     ) async throws -> End {
-        guard let lane = subscription.lane else { return try await attend(consumer, intake, pool) }
-        let laned = LanedConsumer(consumer, stopwatch: stopwatch) { [processor] delivery in
-            (try? processor.router.envelope(of: delivery.restored())).flatMap(lane.key) ?? ""
+        let renewal = Latch()
+        func offer(_ source: any DeliverySource) -> ConsumerIntake.Offer {
+            intake.offer {
+                ConsumerIntake.Offer(
+                    generation: $0, source: source, consumer: consumer, renewal: renewal, isCautious: isCautious,
+                    prefetch: subscription.unsettledLimit)
+            }
+        }
+        guard let orderingKey = subscription.orderingKey else {
+            return try await attend(consumer, offer(UnorderedSource(consumer: consumer)), intake, pool)
+        }
+        let partitioned = PartitionedConsumer(consumer, keys: keys, stopwatch: stopwatch, renewal: renewal) {
+            [processor] delivery in
+            (try? processor.router.envelope(of: delivery.restored())).flatMap(orderingKey.key)
+        } whenBusy: { [self] in
+            // What is handled alone would hold up all keys, while it waits for a handler of the last consumer.
+            if !subscription.isSingleActive, let offer = intake.current { widen(offer) }
         }
         return try await withThrowingTaskGroup(of: End?.self) { group in
             group.addTask {
-                await laned.sort()
+                await partitioned.run()
                 return nil
             }
-            group.addTask { try await self.attend(laned, intake, pool) }
+            group.addTask {
+                try await self.attend(consumer, offer(partitioned), intake, pool)
+            }
             defer {
-                laned.end(nil)
+                partitioned.end(nil)
                 group.cancelAll()
             }
             while let end = try await group.next() {
@@ -230,9 +259,8 @@ public final class EventSubscriber: Service {
 
     /// Waits until the consumer has ended, which is an error, or is to be ended.
     private func attend(
-        _ consumer: any TransportConsumer, _ intake: ConsumerIntake, _ pool: HandlerPool
+        _ consumer: any TransportConsumer, _ offer: ConsumerIntake.Offer, _ intake: ConsumerIntake, _ pool: HandlerPool
     ) async throws -> End {
-        let offer = intake.offer(consumer)
         defer { intake.withdraw(offer) }
         let end = try await withThrowingTaskGroup(of: End.self) { group in
             group.addTask {
@@ -241,16 +269,6 @@ public final class EventSubscriber: Service {
             }
             group.addTask {
                 try await gracefulShutdown()
-                return .shutdown
-            }
-            group.addTask { [subscription] in
-                await offer.widening.wait()
-                try Task.checkCancellation()
-                // One more than one would be two.
-                if subscription.prefetch > 1 {
-                    try await consumer.widen(to: subscription.prefetch, deadline: .now + subscription.deadline)
-                }
-                try await consumer.untilEnded()
                 return .shutdown
             }
             group.addTask {
@@ -263,8 +281,8 @@ public final class EventSubscriber: Service {
         }
         // The channel stays open while handlers finish, so that what they decide still goes out.
         if end == .renewal {
-            await consumer.stop()
             intake.withdraw(offer)
+            await consumer.stop()
             await withTaskGroup { [subscription] group in
                 let limit = subscription.handlerDeadline + subscription.deadline
                 group.addTask {
@@ -312,49 +330,82 @@ public final class EventSubscriber: Service {
 
     // MARK: Workers
 
+    /// What a worker does after a delivery.
+    private enum Next {
+        case delivery
+        /// The consumer is about to be replaced.
+        case consumer
+        case end
+    }
+
     private func work(_ intake: ConsumerIntake, _ pool: HandlerPool, _ worker: Int) async throws {
         var generation = 0
         while let offer = try await intake.consumer(after: generation) {
             generation = offer.generation
             do {
-                while let delivery = try await offer.consumer.next() {
-                    let deaths =
-                        delivery.earlierDeaths + max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
-                    let isSuspect = deaths >= subscription.suspicion
-                    if isSuspect, !offer.isCautious {
-                        // Not with others in hand: it goes back with them, and comes first.
-                        offer.renewal.open()
-                        break
+                deliveries: while let delivery = try await offer.source.next() {
+                    switch await handle(delivery, offer, intake, pool, worker) {
+                    case .delivery: continue
+                    case .consumer: break deliveries
+                    case .end: return
                     }
-                    // Where another process would take over meanwhile, the order is kept by waiting.
-                    if offer.isCautious, !isSuspect, !subscription.isSingleActive { offer.widen() }
-                    var isTrial = false
-                    if let breaker {
-                        switch await breaker.admit() {
-                        case .refused: return
-                        case .trial: isTrial = true
-                        case .granted: break
-                        }
-                        // It comes again if its consumer has ended meanwhile.
-                        guard intake.isCurrent(offer) else {
-                            if isTrial { breaker.trialEnded() }
-                            break
-                        }
-                    }
-                    let start = ContinuousClock.now
-                    let inHand = DeliveryInHand(delivery.restored(), offer.consumer, isTrial: isTrial, deaths: deaths)
-                    pool.hold(inHand, worker)
-                    let verdict = await processor.verdict(on: inHand)
-                    // Otherwise its time was up, it is being retried, and this worker is replaced.
-                    guard inHand.decide() else { return }
-                    await conclude(inHand, verdict, since: start)
-                    pool.hold(nil, worker)
-                    if offer.isCautious, !isSuspect { offer.widen() }
                 }
             } catch is EventsError {
                 // This consumer is gone; there will be another.
             }
         }
+    }
+
+    /// Takes one delivery from its consumer to its settlement.
+    private func handle(
+        _ delivery: InboundDelivery, _ offer: ConsumerIntake.Offer, _ intake: ConsumerIntake, _ pool: HandlerPool,
+        _ worker: Int
+    ) async -> Next {
+        let deaths = delivery.earlierDeaths + max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
+        let isSuspect = deaths >= subscription.suspicion
+        let start: ContinuousClock.Instant
+        let inHand: DeliveryInHand
+        let verdict: DeliveryProcessor.Verdict
+        do {
+            defer { offer.source.handlerEnded(delivery) }
+            if isSuspect, !offer.isCautious {
+                // Not with others in hand: it goes back with them, and comes first.
+                isCautious.store(true, ordering: .relaxed)
+                offer.renewal.open()
+                return .consumer
+            }
+            // Where another process would take over meanwhile, the order is kept by waiting.
+            if offer.isCautious, !isSuspect, !subscription.isSingleActive { widen(offer) }
+            var isTrial = false
+            if let breaker {
+                switch await breaker.admit() {
+                case .refused: return .end
+                case .trial: isTrial = true
+                case .granted: break
+                }
+                // It comes again if its consumer has ended meanwhile.
+                guard intake.isCurrent(offer) else {
+                    if isTrial { breaker.trialEnded() }
+                    return .consumer
+                }
+            }
+            start = .now
+            inHand = DeliveryInHand(delivery.restored(), offer.source, isTrial: isTrial, deaths: deaths)
+            pool.hold(inHand, worker)
+            verdict = await processor.verdict(on: inHand)
+        }
+        // Otherwise its time was up, it is being retried, and this worker is replaced.
+        guard inHand.decide() else { return .end }
+        // Before it is settled, so that no other one is on its way meanwhile.
+        if offer.isCautious, !isSuspect { widen(offer) }
+        await conclude(inHand, verdict, since: start)
+        pool.hold(nil, worker)
+        return .delivery
+    }
+
+    private func widen(_ offer: ConsumerIntake.Offer) {
+        isCautious.store(false, ordering: .relaxed)
+        offer.widen()
     }
 
     private func conclude(

@@ -28,17 +28,25 @@ public struct EventSubscription: Sendable {
     public var handlerDeadline: Duration = .seconds(60)
     /// When to pause because handlers fail; never by default.
     public var circuitBreaker: CircuitBreakerPolicy?
-    /// Whose deliveries are handled one after the other, in the order of the queue; by default nobody's.
+    /// By what deliveries are ordered: those with one key are handled one after the other, in the order of the queue, those
+    /// with different keys side by side. Nil by default: no order.
     ///
-    /// A failed delivery then waits for its next attempt in its lane, and those behind it with it: attempts are counted in
-    /// this process, and a pause is at most a quarter of an hour. RabbitMQ takes back what is unsettled for longer than half
-    /// an hour (`consumer_timeout`): then the lanes begin anew, in order, with attempts counted from 1. All that waits
-    /// counts towards ``prefetch``: a lane that stands still and is fed on and on ends up holding up the others.
-    public var lane: Lane?
+    /// No two handlers of one key run at a time in this process, also after a reconnect, and also when the first one is past its
+    /// deadline. The order holds for one consumer: to keep it across reconnects and processes, set ``isSingleActive`` too, since
+    /// otherwise RabbitMQ may send later messages to the next consumer before it takes back those of the last one. A failed delivery is tried again here, after a pause of at most a quarter of an hour, and those behind it
+    /// wait. RabbitMQ takes back what is unsettled for longer than half an hour (`consumer_timeout`); it then comes again, in
+    /// order. A crash repeats what was not settled, with attempts counted from 1.
+    public var orderingKey: OrderingKey?
+    /// With ``orderingKey``: how many deliveries are fetched beyond ``prefetch``, so that those that wait for a slow or
+    /// failing key do not hold up the other keys. 4,096 by default; together with ``prefetch`` 65,535 at most.
+    ///
+    /// They are held in memory: 4,096 events of 2 kB take 8 MiB. When as many wait, all keys do: ``EventSubscriber/health()``
+    /// warns, and the gauge `events_ordered_waiting` tells how many wait.
+    public var orderedBacklog = 4_096
     /// Whether the broker gives the queue's messages to one consumer at a time, and to the next one when that is gone
-    /// (`x-single-active-consumer`). With ``lane`` this is what keeps the order across processes. Off by default.
+    /// (`x-single-active-consumer`). With ``orderingKey`` this is what keeps the order across reconnects and processes. Off by default.
     ///
-    /// There are no lanes over several queues: a topic exchange cannot spread one key over queues without the plugin
+    /// There is no order over several queues: a topic exchange cannot spread one key over queues without the plugin
     /// `rabbitmq_consistent_hash_exchange`, which this platform does not ask for.
     public var isSingleActive = false
     /// How an inbox is used, if the subscriber is given one.
@@ -74,16 +82,21 @@ public struct EventSubscription: Sendable {
         self.deadline = deadline
     }
 
-    /// By what deliveries are put into lanes.
-    public struct Lane: Sendable {
+    /// What deliveries are ordered by.
+    public struct OrderingKey: Sendable {
         let key: @Sendable (EventEnvelope) -> String?
 
-        /// By the event's project. Events without one share a lane.
-        public static let project = Lane { $0.projectID?.rawValue }
+        /// The event's project. Events without one have no order.
+        public static let project = OrderingKey { $0.projectID?.rawValue }
 
-        /// By a key of your own; events without one share a lane.
+        /// A key of your own.
+        ///
+        /// - Parameter key: Returns the key of an event; nil if it has no order.
         public init(key: @escaping @Sendable (EventEnvelope) -> String?) { self.key = key }
     }
+
+    /// How many deliveries may be unsettled at a time.
+    var unsettledLimit: Int { prefetch + (orderingKey == nil ? 0 : orderedBacklog) }
 
     /// After so many unanswered deliveries a message is handled alone.
     var suspicion: Int { kind == .quorum ? 3 : 1 }
@@ -128,13 +141,16 @@ public struct EventSubscription: Sendable {
             guard condition else { throw EventsError(.invalidConfiguration, rule, operation: operation) }
         }
         try require((1...65_535).contains(prefetch), "prefetch is 1 to 65535")
+        try require(
+            orderedBacklog >= 0 && unsettledLimit <= 65_535, "prefetch and orderedBacklog are 65535 together at most")
         try require((1...prefetch).contains(concurrency), "concurrency is 1 to prefetch")
         try require(maximumRedeliveries > 0, "maximumRedeliveries is 1 or more")
         try require(handlerDeadline > .zero && drainTimeout >= .zero, "deadlines are above zero")
         try require(retryDelay > .zero && maximumRetryDelay >= retryDelay, "pauses are above zero")
         try retry.validate(operation)
         try require(
-            lane == nil || (retry.usedRungs.last ?? .zero) <= .seconds(900), "with lanes a pause is 15 min at most")
+            orderingKey == nil || (retry.usedRungs.last ?? .zero) <= .seconds(900),
+            "with an ordering key a pause is 15 min at most")
         try require(circuitBreaker?.isValid ?? true, "the circuit breaker has a window, a share above 0, and a pause")
         try require(
             !usesInbox || (inbox.timeToLive > retry.longestSpan && inbox.deadline > .zero),

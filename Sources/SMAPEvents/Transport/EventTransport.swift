@@ -143,11 +143,11 @@ public protocol TransportConsumer: Sendable {
     /// Returns once the consumer has been stopped; throws why it ended otherwise, also while no task waits for a delivery.
     func untilEnded() async throws
 
-    /// Has more deliveries unsettled at a time from now on. What was delivered stays as it is.
+    /// Has more deliveries unsettled at a time from now on. What was delivered stays as it is, and can be settled. Called once at
+    /// most, while as many deliveries are unsettled as the prefetch allows. If the broker does not agree, the consumer ends.
     ///
     /// - Parameter prefetch: How many, 1 to 65,535.
-    /// - Throws: ``EventsError`` when the broker does not agree by the deadline, or the consumer has ended.
-    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws
+    func widen(to prefetch: Int)
 
     /// Ends the stream of deliveries. What was delivered can still be settled.
     func stop() async

@@ -164,7 +164,7 @@ extension TransportContract {
                 return .acknowledge
             }
             var subscription = try subscription(bench)
-            subscription.lane = .project
+            subscription.orderingKey = .project
             try await subscribing(bench, subscription, router) {
                 for number in 0..<20 {
                     for project in 0..<10 {

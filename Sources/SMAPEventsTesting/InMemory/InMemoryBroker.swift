@@ -370,7 +370,7 @@ final class InMemoryConsumer: TransportConsumer {
         limit = Atomic(prefetch)
     }
 
-    func widen(to prefetch: Int, deadline: ContinuousClock.Instant) async throws {
+    func widen(to prefetch: Int) {
         limit.store(prefetch, ordering: .relaxed)
         broker.dispatch(queue)
     }
