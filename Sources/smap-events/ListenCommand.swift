@@ -47,7 +47,7 @@ struct ListenCommand: AsyncParsableCommand {
             // marked as redelivered, to whoever listens next.
             subscription.concurrency = 1
             // What it gives back, again and again, is not for it to judge.
-            subscription.maximumRedeliveries = 1_000_000
+            subscription.isolatesSuspects = false
             subscription.prefetch = (count ?? .max) <= 1_000 ? 1 : 100
             let configuration = try Settings.rabbitMQ()
             let printed = try await RabbitMQTransport.withTransport(

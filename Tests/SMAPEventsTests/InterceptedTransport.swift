@@ -6,6 +6,8 @@ struct InterceptedTransport: EventTransport {
     let broker: InMemoryBroker
     /// What happens before a message is published.
     var publishing: @Sendable (OutboundMessage) throws -> Void = { _ in }
+    /// What a message waits for before it is published.
+    var awaiting: @Sendable (OutboundMessage) async throws -> Void = { _ in }
     /// What happens once a message has been published.
     var published: @Sendable (OutboundMessage) -> Void = { _ in }
     /// What happens before a consumer is started.
@@ -16,6 +18,7 @@ struct InterceptedTransport: EventTransport {
         deadline: ContinuousClock.Instant
     ) async throws -> Bool {
         try publishing(message)
+        try await awaiting(message)
         let isRouted = try await broker.publish(message, deadline: deadline)
         published(message)
         return isRouted

@@ -1,5 +1,7 @@
+import Logging
 import SMAPEvents
 import SMAPEventsTesting
+import ServiceLifecycle
 import Synchronization
 import Testing
 
@@ -92,10 +94,16 @@ private let queue: QueueName = "test.ordered"
         try await EventsTestHarness.withHarness(clock: clock) { harness in
             let log = Log()
             let (released, release) = AsyncStream.makeStream(of: Void.self)
+            let held = Mutex(false)
             var router = EventRouter()
             router.on(Numbered.self) { delivery in
                 log.add("begin \(delivery.event.number)")
-                if delivery.event.number == 1, !delivery.isRedelivered { for await _ in released { break } }
+                let isFirst = held.withLock { held in
+                    guard delivery.event.number == 1, !held else { return false }
+                    held = true
+                    return true
+                }
+                if isFirst { for await _ in released { break } }
                 log.add("end \(delivery.event.number)")
                 return .acknowledge
             }
@@ -216,6 +224,52 @@ private let queue: QueueName = "test.ordered"
                 release.yield()
                 try await harness.settled(queue)
             }
+        }
+    }
+
+    @Test func `one that shuts down leaves nothing to the next process while it holds what comes before`() async throws
+    {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            func router(_ name: String) -> EventRouter {
+                var router = EventRouter()
+                router.on(Numbered.self) { delivery in
+                    log.add("\(name) \(delivery.event.number)")
+                    if delivery.event.number == 1 { for await _ in released { break } }
+                    return .acknowledge
+                }
+                return router
+            }
+            let subscription = subscription { $0.isSingleActive = true }
+            let subscribers = ["a", "b"].map {
+                EventSubscriber(transport: harness.broker, subscription: subscription, router: router($0))
+            }
+            let group = ServiceGroup(
+                services: [subscribers[0]], logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+            try await subscribers[0].declare()
+            try await withThrowingTaskGroup(of: Void.self) { tasks in
+                tasks.addTask { try await group.run() }
+                defer { tasks.cancelAll() }
+                // It is the active one, and has more than one delivery at a time.
+                try await publish("a", 0, harness)
+                try await until { log.all == ["a 0"] && harness.broker.isSettled(queue) }
+                for number in 1...7 { try await publish("a", number, harness) }
+                try await until { log.all.last == "a 1" && harness.broker.messages(in: queue).isEmpty }
+                tasks.addTask { try await subscribers[1].run() }
+                try await until {
+                    (try? await harness.broker.status(of: queue, deadline: .now + .seconds(5)))?.consumers == 2
+                }
+                await group.triggerGracefulShutdown()
+                try await until { await subscribers[0].health().description.contains("shutting down") }
+                for number in 8...9 { try await publish("a", number, harness) }
+                // Long enough for the next process to begin with them, if they are given to it.
+                for _ in 0..<1_000 { await Task.yield() }
+                release.yield()
+                release.finish()
+                try await until { log.all.contains("b 7") && harness.broker.isSettled(queue) }
+            }
+            #expect(log.all == ["a 0", "a 1"] + (2...9).map { "b \($0)" })
         }
     }
 }

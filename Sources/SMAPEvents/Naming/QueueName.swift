@@ -28,6 +28,9 @@ public struct QueueName: Sendable, Hashable, CustomStringConvertible, Expressibl
     /// The queue that takes what this one's consumers could not handle: `<queue>.dlq`.
     public var deadLetterQueue: QueueName { QueueName(derived: rawValue + ".dlq") }
 
+    /// The queue of this one's messages that may have killed their consumers, and are handled alone: `<queue>.suspects`.
+    public var suspectQueue: QueueName { QueueName(derived: rawValue + ".suspects") }
+
     /// The name as it goes over the wire.
     public var description: String { rawValue }
 

@@ -8,6 +8,8 @@ struct ConsumerMetrics: Sendable {
         case retried
         case deadLettered = "dead_lettered"
         case givenBack = "given_back"
+        /// It may have killed its consumers, and was moved to where it is handled alone.
+        case isolated
         /// It could not be settled, and comes again.
         case unsettled
     }

@@ -28,6 +28,9 @@ package enum HistoryHeader {
         expiration,
     ]
 
+    /// Those that a copy has only if it is given them: what they say is in the delivery's properties, or was about the copy before.
+    static let ofOneCopy: Set<String> = [userID, expiration, deaths]
+
     /// Headers of brokers and plugins that act on a message, or tell of what they did with it.
     static let steering: Set<String> = ["cc", "bcc", "x-death", "x-delivery-count", "x-delay", "x-stream-offset"]
 }
@@ -49,7 +52,8 @@ extension InboundDelivery {
             isTruncated: isTruncated, headerTable: headerTable,
             // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
-                ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
+                ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0,
+            isCopy: true)
     }
 
     /// How often consumers had died with it when this copy was made.
@@ -70,7 +74,7 @@ extension InboundDelivery {
 
     /// This delivery, after one more failure.
     func failedOnce(now: Date = Date()) -> InboundDelivery {
-        withFailures(failedAttempts + 1, since: text(HistoryHeader.firstFailure) ?? RFC3339.string(from: now))
+        withFailures(failedAttempts + 1, since: firstFailure ?? RFC3339.string(from: now))
     }
 
     /// This delivery, after so many failures, the first of them at `first`.
@@ -80,7 +84,7 @@ extension InboundDelivery {
         return InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
             body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: headerTable,
-            failedAttempts: count)
+            failedAttempts: count, isCopy: isCopy)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.
@@ -98,7 +102,9 @@ extension InboundDelivery {
         let isLeftBehind = { (name: String) in
             let name = name.lowercased()
             return HistoryHeader.steering.contains(name) || name.hasPrefix("x-first-death-")
-                || name.hasPrefix("x-last-death-") || (reset && HistoryHeader.all.contains(name))
+                || name.hasPrefix("x-last-death-") || HistoryHeader.ofOneCopy.contains(name)
+                // What a publisher has made up would be believed in a copy.
+                || ((reset || !isCopy) && HistoryHeader.all.contains(name))
         }
         properties.headers = properties.headers.filter { !isLeftBehind($0.key) }
         table.removeAll(where: isLeftBehind)
@@ -119,12 +125,15 @@ extension InboundDelivery {
             copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, body: body)
     }
 
+    /// When it failed first, as far as can be believed.
+    var firstFailure: String? { isCopy || failedAttempts > 0 ? text(HistoryHeader.firstFailure) : nil }
+
     /// What a copy says of the failures so far.
     func failureHeaders(attempts: Int, now: Date = Date()) -> [String: MessageProperties.HeaderValue] {
         let now = RFC3339.string(from: now)
         return [
             HistoryHeader.attempts: .integer(Int64(attempts)),
-            HistoryHeader.firstFailure: .string(text(HistoryHeader.firstFailure) ?? now),
+            HistoryHeader.firstFailure: .string(firstFailure ?? now),
             HistoryHeader.lastFailure: .string(now),
         ]
     }

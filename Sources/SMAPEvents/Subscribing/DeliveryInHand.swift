@@ -14,15 +14,24 @@ final class DeliveryInHand: Sendable {
     let source: any DeliverySource
     /// Whether the circuit breaker was trying whether handlers work again when this was taken.
     let isTrial: Bool
-    /// How often a consumer died with it, as far as is known.
-    let deaths: Int
+    /// Whether no other handler of the subscription runs beside its own.
+    let isAlone: Bool
+    /// How often consumers died with it before it was put into its queue, and how often since, as far as is known.
+    let earlierDeaths: Int
+    let redeliveries: Int
+    var deaths: Int { earlierDeaths + redeliveries }
     private let state = Mutex(State())
 
-    init(_ delivery: InboundDelivery, _ source: any DeliverySource, isTrial: Bool, deaths: Int) {
-        self.isTrial = isTrial
-        self.deaths = deaths
+    init(
+        _ delivery: InboundDelivery, _ source: any DeliverySource, isTrial: Bool, isAlone: Bool, earlierDeaths: Int,
+        redeliveries: Int
+    ) {
         self.delivery = delivery
         self.source = source
+        self.isTrial = isTrial
+        self.isAlone = isAlone
+        self.earlierDeaths = earlierDeaths
+        self.redeliveries = redeliveries
     }
 
     /// Takes the decision. False if somebody has taken it before.

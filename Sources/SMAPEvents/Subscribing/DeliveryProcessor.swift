@@ -14,6 +14,8 @@ struct DeliveryProcessor: Sendable {
     /// What becomes of a delivery.
     enum Verdict {
         case acknowledge
+        /// It may have killed its consumers: it is handled alone from now on.
+        case isolate
         /// Another attempt, after a pause that the handler may have named.
         case retry(Duration?, cause: String)
         /// It could not be tried at all: later, and not counted.
@@ -32,7 +34,15 @@ struct DeliveryProcessor: Sendable {
             switch self {
             case .acknowledge, .reply: false
             case .retry: true
-            case .later, .deadLetter, .giveBack, .reject, .abandon: nil
+            case .later, .isolate, .deadLetter, .giveBack, .reject, .abandon: nil
+            }
+        }
+
+        /// Whether a copy has to be confirmed before the delivery is settled.
+        var needsCopy: Bool {
+            switch self {
+            case .retry, .later, .isolate, .deadLetter: true
+            case .acknowledge, .reply, .giveBack, .reject, .abandon: false
             }
         }
     }
@@ -45,6 +55,7 @@ struct DeliveryProcessor: Sendable {
     let logger: Logger
     let tracing: MessageTracing
     let metrics: ConsumerMetrics
+    let pending: PendingCopies
 
     // MARK: Handling
 
@@ -53,12 +64,15 @@ struct DeliveryProcessor: Sendable {
         let delivery = inHand.delivery
         // First of all: a copy of it would be empty.
         if delivery.isTruncated { return .reject }
-        guard subscription.kind != .quorum || inHand.deaths < subscription.suspicion + subscription.maximumRedeliveries
-        else {
-            return .deadLetter(
-                reason:
-                    "delivered \(delivery.redeliveries) times without an answer, the last ones alone: it kills its consumers",
-                errorType: "poison")
+        if inHand.isAlone {
+            let alone = inHand.deaths - subscription.suspicion
+            guard alone < subscription.maximumRedeliveries else {
+                return .deadLetter(
+                    reason: "handled alone \(alone) times without an answer: it kills its consumers",
+                    errorType: "poison")
+            }
+        } else if subscription.isolatesSuspects, inHand.deaths >= subscription.isolationThreshold {
+            return .isolate
         }
         let envelope: EventEnvelope
         let handler: EventRouter.Handler
@@ -148,6 +162,7 @@ struct DeliveryProcessor: Sendable {
                     pause.map(subscription.retry.rung(for:)) ?? subscription.retry.delay(after: max(1, attempts))
                 outcome = await park(inHand, pause, attempts, counts: counts)
             }
+        case .isolate: outcome = await isolate(inHand)
         case .later(let pause):
             outcome = await park(
                 inHand, subscription.retry.rung(for: pause), delivery.failedAttempts, counts: false)
@@ -186,7 +201,23 @@ struct DeliveryProcessor: Sendable {
         if inHand.deaths > 0 { headers[HistoryHeader.deaths] = .integer(Int64(counts ? 0 : inHand.deaths)) }
         let copy = delivery.copy(
             to: RetryPolicy.parkingPlace(pause), queue: subscription.queue, headers: headers)
-        return await replace(inHand, by: copy, otherwise: .requeue) ? .retried : .unsettled
+        return await replace(inHand, by: copy, otherwise: .reject) ? .retried : .unsettled
+    }
+
+    /// Moves the message to where it is handled alone. There its deaths are counted from ``EventSubscription/suspicion`` on,
+    /// since others may have raised the count of its queue: reconnects, deployments, what another process gave back.
+    private func isolate(_ inHand: DeliveryInHand) async -> ConsumerMetrics.Outcome {
+        let deaths = max(subscription.suspicion, inHand.earlierDeaths)
+        let copy = inHand.delivery.copy(
+            to: ExchangeName.requeue, queue: subscription.queue.suspectQueue,
+            headers: [
+                HistoryHeader.attempts: .integer(Int64(inHand.delivery.failedAttempts)),
+                HistoryHeader.deaths: .integer(Int64(deaths)),
+            ])
+        log(
+            "message may have killed its consumers", inHand.delivery,
+            reason: "\(inHand.deaths) deliveries without an answer")
+        return await replace(inHand, by: copy, otherwise: .reject) ? .isolated : .unsettled
     }
 
     /// Puts the message aside, with its history.
@@ -203,40 +234,49 @@ struct DeliveryProcessor: Sendable {
 
     /// Publishes a copy, and acknowledges the original once that is confirmed to be in a queue.
     ///
-    /// - Parameter otherwise: What is done with a message that cannot be copied, because a header of it cannot be sent.
+    /// What cannot be copied now stays unsettled: given back it would come again at once, and count as if it killed its
+    /// consumers. One publish lasts as long as that may take, since a second one while the first is unanswered would
+    /// become a second copy.
+    ///
+    /// - Parameter otherwise: What is done with a message that can never be copied.
     private func replace(_ inHand: DeliveryInHand, by copy: OutboundMessage, otherwise: Settlement) async -> Bool {
         let begin = stopwatch.elapsed()
+        let waiting = pending.begin(after: subscription.deadline)
+        defer { pending.end(waiting) }
         var failures = 0
         while true {
+            let left = Self.holdLimit - (stopwatch.elapsed() - begin)
             do {
-                let isRouted = try await transport.publish(copy, deadline: .now + subscription.deadline)
+                let isRouted = try await transport.publish(copy, deadline: .now + max(left, .seconds(1)))
                 guard isRouted else {
                     throw EventsError(
-                        .unroutable, "no queue is bound to \(copy.exchange) for \(subscription.queue)",
+                        .unroutable, "no queue is bound to \(copy.exchange) for \(copy.routingKey)",
                         operation: "copy a message")
                 }
                 await release(inHand)
                 return settle(inHand, .acknowledge)
-            } catch let error as EventsError where [.invalidEvent, .eventTooLarge].contains(error.code) {
-                log("message cannot be copied", inHand.delivery, reason: "\(error)")
-                await release(inHand)
-                if otherwise == .requeue { try? await stopwatch.sleepUntil(stopwatch.elapsed() + .seconds(1)) }
-                return settle(inHand, otherwise)
             } catch is CancellationError {
                 await release(inHand)
                 return false
             } catch {
-                // It stays in hand, and keeps this handler's place: given back it would come again at once, and count as if it
-                // killed its consumers.
-                failures += 1
+                let failure = error as? EventsError
                 log("message could not be put aside, and is kept", inHand.delivery, reason: "\(error)")
-                if (error as? EventsError)?.code == .unroutable || (error as? EventsError)?.code == .exchangeNotFound {
+                pending.failed(waiting, "\(error)")
+                switch failure?.code {
+                case nil, .invalidEvent, .eventTooLarge:
+                    await release(inHand)
+                    return settle(inHand, otherwise)
+                case .unroutable, .exchangeNotFound:
                     // An operator may have deleted the queue in which it is to wait.
                     try? await subscription.topology.apply(to: transport, deadline: subscription.deadline)
+                default: break
                 }
+                failures += 1
                 let now = stopwatch.elapsed()
                 let pause = Self.copyBackoff.delay(after: failures)
-                guard now - begin < Self.holdLimit, (try? await stopwatch.sleepUntil(now + pause)) != nil else {
+                let isCancelled = (try? await stopwatch.sleepUntil(now + pause)) == nil
+                // Of one whose outcome is unknown there may be a copy already.
+                if isCancelled || failure?.publishOutcome == .unknown || now - begin >= Self.holdLimit {
                     await release(inHand)
                     if !Task.isCancelled { _ = settle(inHand, .requeue) }
                     return false

@@ -3,6 +3,9 @@ protocol DeliverySource: Sendable {
     /// The next delivery that may be handled; waits for one. Nil once the consumer has been stopped.
     func next() async throws -> InboundDelivery?
 
+    /// Ends the stream of deliveries here. The consumer goes on, and what was handed out can still be settled.
+    func end()
+
     /// The handler of a delivery that ``next()`` has returned has ended, or was not called. Called once for each of them, also
     /// when the delivery was settled before: a handler may outlive its deadline.
     func handlerEnded(_ delivery: InboundDelivery)
@@ -22,6 +25,9 @@ struct UnorderedSource: DeliverySource {
     let consumer: any TransportConsumer
 
     func next() async throws -> InboundDelivery? { try await consumer.next() }
+
+    /// Its consumer is stopped instead.
+    func end() {}
 
     func handlerEnded(_ delivery: InboundDelivery) {}
 

@@ -14,7 +14,8 @@ internal import Waiting
 /// When the connection is lost, or the broker ends the consumer, the queue is declared and consumed again, after a delay
 /// that grows. Handlers that run meanwhile are left to finish.
 public final class EventSubscriber: Service {
-    private enum Phase {
+    /// How the consumer of the queue stands.
+    enum Phase {
         case idle
         case starting
         case consuming
@@ -23,11 +24,9 @@ public final class EventSubscriber: Service {
         case ended
     }
 
-    /// Why a consumer was ended in order.
-    private enum End {
-        case shutdown
-        /// Another one is wanted.
-        case renewal
+    private struct State {
+        var phase = Phase.idle
+        var runners: [SubscriptionRunner] = []
     }
 
     private let transport: any EventTransport
@@ -37,16 +36,9 @@ public final class EventSubscriber: Service {
     private let processor: DeliveryProcessor
     private let metrics: ConsumerMetrics
     private let breaker: CircuitBreaker?
-    private let hasInbox: Bool
-    private let phase = Mutex(Phase.idle)
-    private let pool = Mutex<HandlerPool?>(nil)
-    /// How often this subscriber has given back, or lost with its consumer, what it had fetched: that counted as a delivery of
-    /// each such message, and killed no process.
-    private let returns = Atomic<Int>(0)
-    /// Whether the next consumer has one delivery at a time at first: what comes first may be what killed the process before
-    /// this one, or is known to be suspect.
-    private let isCautious = Atomic<Bool>(true)
     private let keys: OrderingKeys
+    private let hasInbox: Bool
+    private let state = Mutex(State())
 
     /// Makes a subscriber; ``run()`` starts it.
     ///
@@ -69,7 +61,8 @@ public final class EventSubscriber: Service {
         self.breaker = subscription.circuitBreaker.map { [stopwatch] in CircuitBreaker($0, stopwatch) }
         self.processor = DeliveryProcessor(
             transport: transport, subscription: subscription, router: router, inbox: inbox, stopwatch: stopwatch,
-            logger: logger, tracing: MessageTracing(tracer), metrics: metrics)
+            logger: logger, tracing: MessageTracing(tracer), metrics: metrics,
+            pending: PendingCopies(subscription.queue))
     }
 
     /// Declares what the subscription needs, then handles deliveries until graceful shutdown or cancellation.
@@ -86,35 +79,20 @@ public final class EventSubscriber: Service {
         try subscription.topology.validate()
         enter(.starting)
         defer { enter(.ended) }
-        let intake = ConsumerIntake()
-        let pool = HandlerPool { [self] pool, worker in try? await work(intake, pool, worker) }
-        self.pool.withLock { $0 = pool }
-        for _ in 0..<subscription.concurrency { pool.start() }
-        let result: Result<Void, any Error>
-        do {
-            try await withTaskCancellationHandler {
-                try await withThrowingTaskGroup(of: Void.self) { group in
-                    group.addTask { try await self.consume(intake, pool) }
-                    group.addTask { try await self.watch(pool) }
-                    if let breaker { group.addTask { try await self.pace(breaker, intake) } }
-                    defer { group.cancelAll() }
-                    // The consumer ends; the watch does not.
-                    try await group.next()
-                }
-            } onCancel: {
-                pool.cancel()
-            }
-            result = .success(())
-        } catch {
-            result = .failure(error)
+        let context = SubscriptionRunner.Context(
+            transport: transport, subscription: subscription, processor: processor, breaker: breaker, metrics: metrics,
+            stopwatch: stopwatch, logger: logger, keys: keys
+        ) { [self] phase in
+            if let phase { enter(phase) } else { recordActivity() }
         }
-        // Handlers that still run have used up their time.
-        pool.cancel()
-        // Not in this task, which may be cancelled: then nothing would be waited for.
-        await Task { await pool.until(within: .seconds(1)) { $0.workers == 0 } }.value
-        // It holds this subscriber too.
-        self.pool.withLock { $0 = nil }
-        try result.get()
+        let roles: [SubscriptionRunner.Role] = subscription.isolatesSuspects ? [.main, .suspects] : [.main]
+        let runners = roles.map { SubscriptionRunner($0, context) }
+        state.withLock { $0.runners = runners }
+        defer { state.withLock { $0.runners = [] } }
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            for runner in runners { group.addTask { try await runner.run() } }
+            try await group.waitForAll()
+        }
     }
 
     /// Declares the queue, its bindings, the queue that its dead letters go to, and those in which retries wait. ``run()``
@@ -126,7 +104,7 @@ public final class EventSubscriber: Service {
     /// Whether the broker has an active consumer for this subscription and there is a handler free to work, and if not, why.
     public func health() async -> Health {
         let problem: String? =
-            switch phase.withLock({ $0 }) {
+            switch state.withLock({ $0.phase }) {
             case .consuming where breaker?.phase == .open: "is paused: too many deliveries have failed"
             case .consuming: isStuck ? "has \(subscription.concurrency) handlers, all past their deadline" : nil
             case .idle: "is not running"
@@ -141,303 +119,23 @@ public final class EventSubscriber: Service {
             ? "fetches no more: \(waiting) events wait behind slow or failing ones of their ordering keys" : nil
         let subject = "subscription \(subscription.queue)"
         return Health(
-            problems: problem.map { ["\(subject) \($0)"] } ?? [],
+            problems: [problem, processor.pending.problem].compactMap { $0 }.map { "\(subject) \($0)" },
             warnings: warning.map { ["\(subject) \($0)"] } ?? [])
     }
 
     private var isStuck: Bool {
-        pool.withLock { $0?.load.overdue ?? 0 } >= subscription.concurrency
+        (state.withLock { $0.runners.first }?.overdueCount ?? 0) >= subscription.concurrency
     }
 
     private func enter(_ next: Phase) {
-        phase.withLock { $0 = next }
+        state.withLock { $0.phase = next }
         recordActivity()
     }
 
     private func recordActivity() {
-        let isConsuming = phase.withLock { if case .consuming = $0 { true } else { false } } && breaker?.phase != .open
+        let isConsuming =
+            state.withLock { if case .consuming = $0.phase { true } else { false } } && breaker?.phase != .open
         Gauge(label: "events_subscription_active", dimensions: [("queue", subscription.queue.rawValue)])
             .record(isConsuming ? 1 : 0)
-    }
-
-    // MARK: Consumers
-
-    /// Keeps a consumer going until graceful shutdown, which ends it in order.
-    private func consume(_ intake: ConsumerIntake, _ pool: HandlerPool) async throws {
-        var failures = 0
-        var hasConsumed = false
-        while !Task.isShuttingDownGracefully {
-            do {
-                try await cancelWhenGracefulShutdown { try await self.declare() }
-                let isCautious = isCautious.load(ordering: .relaxed)
-                let end = try await transport.withConsumer(
-                    on: subscription.queue, prefetch: isCautious ? 1 : subscription.unsettledLimit,
-                    deadline: .now + subscription.deadline
-                ) { consumer in
-                    if case .recovering = phase.withLock({ $0 }) {
-                        logger.notice("subscription resumed", metadata: ["queue": "\(subscription.queue)"])
-                    }
-                    enter(.consuming)
-                    return try await serve(consumer, isCautious: isCautious, intake, pool)
-                }
-                guard end == .renewal else { return }
-                hasConsumed = true
-                failures = 0
-                returns.add(1, ordering: .relaxed)
-            } catch is CancellationError where Task.isShuttingDownGracefully {
-                break
-            } catch let error as EventsError {
-                if case .consuming = phase.withLock({ $0 }) {
-                    hasConsumed = true
-                    failures = 0
-                }
-                guard isMendable(error, hasConsumed: hasConsumed) else { throw error }
-                failures += 1
-                returns.add(1, ordering: .relaxed)
-                enter(.recovering(error))
-                logger.warning(
-                    "subscription interrupted", metadata: ["queue": "\(subscription.queue)", "reason": "\(error)"])
-                let delay = subscription.retryDelay(after: failures)
-                try? await cancelWhenGracefulShutdown { try await Task.sleep(for: delay) }
-                try Task.checkCancellation()
-            }
-        }
-        // There is no consumer, but handlers of the last one may be at work.
-        enter(.stopping)
-        await drain(intake, pool)
-    }
-
-    private func isMendable(_ error: EventsError, hasConsumed: Bool) -> Bool {
-        switch error.code {
-        case .subscriptionCancelled: subscription.resumesWhenCancelled
-        // The queue was there: it was deleted a moment ago, or its node is coming up.
-        case .notFound: hasConsumed
-        default: error.isRetriable
-        }
-    }
-
-    /// Has the workers take deliveries from a consumer, in order if so wanted.
-    private func serve(
-        _ consumer: any TransportConsumer, isCautious: Bool, _ intake: ConsumerIntake, _ pool: HandlerPool
-    ) async throws -> End {
-        let renewal = Latch()
-        func offer(_ source: any DeliverySource) -> ConsumerIntake.Offer {
-            intake.offer {
-                ConsumerIntake.Offer(
-                    generation: $0, source: source, consumer: consumer, renewal: renewal, isCautious: isCautious,
-                    prefetch: subscription.unsettledLimit)
-            }
-        }
-        guard let orderingKey = subscription.orderingKey else {
-            return try await attend(consumer, offer(UnorderedSource(consumer: consumer)), intake, pool)
-        }
-        let partitioned = PartitionedConsumer(consumer, keys: keys, stopwatch: stopwatch, renewal: renewal) {
-            [processor] delivery in
-            (try? processor.router.envelope(of: delivery.restored())).flatMap(orderingKey.key)
-        } whenBusy: { [self] in
-            // What is handled alone would hold up all keys, while it waits for a handler of the last consumer.
-            if !subscription.isSingleActive, let offer = intake.current { widen(offer) }
-        }
-        return try await withThrowingTaskGroup(of: End?.self) { group in
-            group.addTask {
-                await partitioned.run()
-                return nil
-            }
-            group.addTask {
-                try await self.attend(consumer, offer(partitioned), intake, pool)
-            }
-            defer {
-                partitioned.end(nil)
-                group.cancelAll()
-            }
-            while let end = try await group.next() {
-                if let end { return end }
-            }
-            return .shutdown
-        }
-    }
-
-    /// Waits until the consumer has ended, which is an error, or is to be ended.
-    private func attend(
-        _ consumer: any TransportConsumer, _ offer: ConsumerIntake.Offer, _ intake: ConsumerIntake, _ pool: HandlerPool
-    ) async throws -> End {
-        defer { intake.withdraw(offer) }
-        let end = try await withThrowingTaskGroup(of: End.self) { group in
-            group.addTask {
-                try await consumer.untilEnded()
-                return .shutdown
-            }
-            group.addTask {
-                try await gracefulShutdown()
-                return .shutdown
-            }
-            group.addTask {
-                await offer.renewal.wait()
-                try Task.checkCancellation()
-                return .renewal
-            }
-            defer { group.cancelAll() }
-            return try await group.next() ?? .shutdown
-        }
-        // The channel stays open while handlers finish, so that what they decide still goes out.
-        if end == .renewal {
-            intake.withdraw(offer)
-            await consumer.stop()
-            await withTaskGroup { [subscription] group in
-                let limit = subscription.handlerDeadline + subscription.deadline
-                group.addTask {
-                    await pool.until(within: limit) { $0.busy == $0.overdue && $0.concluding == 0 }
-                }
-                // A shutdown has less patience.
-                group.addTask { try? await gracefulShutdown() }
-                await group.next()
-                group.cancelAll()
-            }
-            if !Task.isShuttingDownGracefully { return .renewal }
-        } else {
-            enter(.stopping)
-            await consumer.stop()
-        }
-        await drain(intake, pool)
-        return .shutdown
-    }
-
-    /// Lets the handlers finish what they have in hand, and no more.
-    private func drain(_ intake: ConsumerIntake, _ pool: HandlerPool) async {
-        intake.finish()
-        breaker?.stop()
-        await pool.until(within: subscription.drainTimeout) { $0.workers == 0 && $0.concluding == 0 }
-    }
-
-    /// Lets one delivery be tried after each pause of the circuit breaker.
-    private func pace(_ breaker: CircuitBreaker, _ intake: ConsumerIntake) async throws {
-        while let since = await breaker.untilOpen() {
-            recordActivity()
-            logger.warning(
-                "subscription paused",
-                metadata: ["queue": "\(subscription.queue)", "for": "\(breaker.policy.pause)"])
-            try await stopwatch.sleepUntil(since + breaker.policy.pause)
-            // First of all it is withdrawn, so that nothing that goes back is tried.
-            if breaker.hasHeld(for: DeliveryProcessor.holdLimit), let offer = intake.current {
-                intake.withdraw(offer)
-                offer.renewal.open()
-            }
-            breaker.beginTrial()
-            recordActivity()
-        }
-        try Task.checkCancellation()
-    }
-
-    // MARK: Workers
-
-    /// What a worker does after a delivery.
-    private enum Next {
-        case delivery
-        /// The consumer is about to be replaced.
-        case consumer
-        case end
-    }
-
-    private func work(_ intake: ConsumerIntake, _ pool: HandlerPool, _ worker: Int) async throws {
-        var generation = 0
-        while let offer = try await intake.consumer(after: generation) {
-            generation = offer.generation
-            do {
-                deliveries: while let delivery = try await offer.source.next() {
-                    switch await handle(delivery, offer, intake, pool, worker) {
-                    case .delivery: continue
-                    case .consumer: break deliveries
-                    case .end: return
-                    }
-                }
-            } catch is EventsError {
-                // This consumer is gone; there will be another.
-            }
-        }
-    }
-
-    /// Takes one delivery from its consumer to its settlement.
-    private func handle(
-        _ delivery: InboundDelivery, _ offer: ConsumerIntake.Offer, _ intake: ConsumerIntake, _ pool: HandlerPool,
-        _ worker: Int
-    ) async -> Next {
-        let deaths = delivery.earlierDeaths + max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
-        let isSuspect = deaths >= subscription.suspicion
-        let start: ContinuousClock.Instant
-        let inHand: DeliveryInHand
-        let verdict: DeliveryProcessor.Verdict
-        do {
-            defer { offer.source.handlerEnded(delivery) }
-            if isSuspect, !offer.isCautious {
-                // Not with others in hand: it goes back with them, and comes first.
-                isCautious.store(true, ordering: .relaxed)
-                offer.renewal.open()
-                return .consumer
-            }
-            // Where another process would take over meanwhile, the order is kept by waiting.
-            if offer.isCautious, !isSuspect, !subscription.isSingleActive { widen(offer) }
-            var isTrial = false
-            if let breaker {
-                switch await breaker.admit() {
-                case .refused: return .end
-                case .trial: isTrial = true
-                case .granted: break
-                }
-                // It comes again if its consumer has ended meanwhile.
-                guard intake.isCurrent(offer) else {
-                    if isTrial { breaker.trialEnded() }
-                    return .consumer
-                }
-            }
-            start = .now
-            inHand = DeliveryInHand(delivery.restored(), offer.source, isTrial: isTrial, deaths: deaths)
-            pool.hold(inHand, worker)
-            verdict = await processor.verdict(on: inHand)
-        }
-        // Otherwise its time was up, it is being retried, and this worker is replaced.
-        guard inHand.decide() else { return .end }
-        // Before it is settled, so that no other one is on its way meanwhile.
-        if offer.isCautious, !isSuspect { widen(offer) }
-        await conclude(inHand, verdict, since: start)
-        pool.hold(nil, worker)
-        return .delivery
-    }
-
-    private func widen(_ offer: ConsumerIntake.Offer) {
-        isCautious.store(false, ordering: .relaxed)
-        offer.widen()
-    }
-
-    private func conclude(
-        _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
-    ) async {
-        // Before it is settled: in a trial the broker sends the next one only then.
-        if let failure = verdict.isFailure {
-            breaker?.record(failure: failure, isTrial: inHand.isTrial)
-        } else if inHand.isTrial {
-            breaker?.trialEnded()
-        }
-        await processor.conclude(inHand, verdict, since: start)
-    }
-
-    /// Takes deliveries from handlers that are past their deadline.
-    private func watch(_ pool: HandlerPool) async throws {
-        let limit = subscription.handlerDeadline
-        try await withThrowingDiscardingTaskGroup { group in
-            while true {
-                let now = stopwatch.elapsed()
-                let (overdue, next) = pool.takeOverdue(now: now)
-                for inHand in overdue {
-                    processor.log("handler is past its deadline", inHand.delivery, reason: "\(limit)")
-                    group.addTask {
-                        await self.conclude(inHand, .retry(nil, cause: "handlerDeadline"), since: .now - limit)
-                        pool.concluded()
-                    }
-                }
-                metrics.overdue(pool.load.overdue)
-                // What begins after this cannot be due before then.
-                try await stopwatch.sleepUntil(min(next ?? now + limit, now + limit))
-            }
-        }
     }
 }

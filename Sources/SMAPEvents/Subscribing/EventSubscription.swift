@@ -17,10 +17,11 @@ public struct EventSubscription: Sendable {
     public var retry: RetryPolicy
     /// How often a message may die alone before it is dead-lettered as `poison`, 3 by default; 1 or more.
     ///
-    /// A message that has come three times without an answer, because its consumer died, may be what kills its consumers: from
-    /// then on it is handled alone, with nothing else fetched, so that no other message pays for it. What this process has
-    /// given back or lost with a connection does not count. Needs a quorum queue, which counts deliveries; on a classic queue
-    /// a message that came before is handled alone, and never dead-lettered for that.
+    /// A message that has come three times without an answer (20 times with ``orderingKey``; on a classic queue, which does not
+    /// count, once) may be what kills its consumers. It is moved to the queue `<queue>.suspects`, from which one process at a
+    /// time handles one message at a time, with no other handler of the subscription beside it: so no other message pays for it,
+    /// and none is dead-lettered because of what others did. What this process has given back or lost with a connection does
+    /// not count.
     public var maximumRedeliveries = 3
     /// How long a handler may take, 60 s by default. Then its task is cancelled, and the delivery goes to retry. A handler
     /// that ignores its cancellation keeps its place until it ends; when all places are held so, the subscription is not
@@ -98,8 +99,15 @@ public struct EventSubscription: Sendable {
     /// How many deliveries may be unsettled at a time.
     var unsettledLimit: Int { prefetch + (orderingKey == nil ? 0 : orderedBacklog) }
 
-    /// After so many unanswered deliveries a message is handled alone.
+    /// Whether messages that may have killed their consumers are handled alone. Not where another consumer's queue is looked at.
+    package var isolatesSuspects = true
+
+    /// After so many unanswered deliveries a message may be what kills its consumers.
     var suspicion: Int { kind == .quorum ? 3 : 1 }
+
+    /// After so many it is handled alone. There it is out of its order: so where there is one, only what can hardly have another
+    /// reason, such as deployments while it waited.
+    var isolationThreshold: Int { orderingKey == nil ? suspicion : 20 }
 
     /// How long a lease on an event lasts: as long as its handler may take, and then some for its settlement.
     var lease: Duration { handlerDeadline + deadline }
@@ -124,6 +132,20 @@ public struct EventSubscription: Sendable {
                 queue, kind: kind, deadLetters: true,
                 additionalArguments: isSingleActive ? ["x-single-active-consumer": .boolean(true)] : [:]))
         topology.insert(QueueBinding(queue: queue, exchange: ExchangeName.requeue, routingKey: queue.rawValue))
+        if isolatesSuspects {
+            topology.insert(
+                QueueDeclaration(
+                    queue.suspectQueue, deadLetters: false,
+                    additionalArguments: [
+                        "x-single-active-consumer": .boolean(true), "x-delivery-limit": .integer(1_000_000),
+                        "x-dead-letter-exchange": .string(ExchangeName.deadLetters),
+                        "x-dead-letter-routing-key": .string(queue.rawValue),
+                        "x-dead-letter-strategy": .string("at-least-once"), "x-overflow": .string("reject-publish"),
+                    ]))
+            topology.insert(
+                QueueBinding(
+                    queue: queue.suspectQueue, exchange: ExchangeName.requeue, routingKey: queue.suspectQueue.rawValue))
+        }
         for pattern in bindings {
             topology.insert(QueueBinding(queue: queue, exchange: exchange, routingKey: pattern.rawValue))
         }

@@ -16,8 +16,10 @@ final class HandlerPool: Sendable {
         var workers: [Int: Worker] = [:]
         var lastID = 0
         var isClosed = false
-        /// Deliveries taken from overdue workers that are still being settled.
+        /// Deliveries that are being settled while their workers go on.
         var concluding = 0
+        /// The tasks that do so.
+        var conclusions: [Int: Task<Void, Never>?] = [:]
         var waiting:
             [UInt64: (isDone: @Sendable (HandlerPool.Load) -> Bool, continuation: CheckedContinuation<Void, Never>)] =
                 [:]
@@ -31,7 +33,7 @@ final class HandlerPool: Sendable {
     }
 
     /// How many workers there are, how many have a delivery in hand, how many of those are past its deadline, and how many
-    /// deliveries taken from such workers are still being settled.
+    /// deliveries are being settled while their workers go on.
     struct Load: Sendable {
         var workers: Int
         var busy: Int
@@ -105,17 +107,38 @@ final class HandlerPool: Sendable {
         return (found.map(\.0), next)
     }
 
-    /// A delivery taken from an overdue worker has been settled.
-    func concluded() {
-        state.withLock { $0.concluding -= 1 }
-        notify()
+    /// Has a delivery settled while its worker goes on.
+    ///
+    /// - Parameter isCounted: Whether it is among those that are being settled already.
+    func conclude(isCounted: Bool = false, _ body: @escaping @Sendable () async -> Void) {
+        let id = state.withLock { state in
+            state.lastID += 1
+            if !isCounted { state.concluding += 1 }
+            state.conclusions[state.lastID] = .some(nil)
+            return state.lastID
+        }
+        // It is no child of the worker, which may be cancelled because its time is up.
+        let task = Task {
+            await body()
+            state.withLock { state in
+                state.concluding -= 1
+                state.conclusions.removeValue(forKey: id)
+            }
+            notify()
+        }
+        let isCancelled = state.withLock { state in
+            // It may have ended already.
+            if state.conclusions[id] != nil { state.conclusions[id] = .some(task) }
+            return state.isClosed
+        }
+        if isCancelled { task.cancel() }
     }
 
-    /// Cancels all workers; no more are started.
+    /// Cancels all workers and settlements; no more workers are started.
     func cancel() {
         let tasks = state.withLock { state in
             state.isClosed = true
-            return state.workers.values.compactMap(\.task)
+            return state.workers.values.compactMap(\.task) + state.conclusions.values.compactMap { $0 }
         }
         for task in tasks { task.cancel() }
     }

@@ -76,8 +76,10 @@ final class PartitionedConsumer: DeliverySource {
         if isFirst { ready.deliver(delivery) }
     }
 
+    func end() { end(nil) }
+
     /// What waits goes back to the queue, in its order.
-    func end(_ error: EventsError?) {
+    private func end(_ error: EventsError?) {
         ready.end(with: error)
         let timers = state.withLock { state in
             state.isEnded = true

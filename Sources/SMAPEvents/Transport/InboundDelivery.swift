@@ -27,6 +27,8 @@ public struct InboundDelivery: Sendable {
     package let headerTable: HeaderTable?
     /// How many attempts at handling it have failed, as a copy of it remembers.
     package let failedAttempts: Int
+    /// Whether it is a copy that a subscriber has made, whose headers about that can be believed.
+    package let isCopy: Bool
 
     /// Puts a delivery together, as a transport does.
     public init(
@@ -40,8 +42,10 @@ public struct InboundDelivery: Sendable {
 
     package init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
-        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool, headerTable: HeaderTable?, failedAttempts: Int = 0
+        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool, headerTable: HeaderTable?, failedAttempts: Int = 0,
+        isCopy: Bool = false
     ) {
+        self.isCopy = isCopy
         self.tag = tag
         self.exchange = exchange
         self.routingKey = routingKey

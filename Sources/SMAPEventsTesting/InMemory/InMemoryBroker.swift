@@ -251,15 +251,17 @@ public final class InMemoryBroker: EventTransport {
         consumer.buffer.end(with: nil)
     }
 
+    /// The channel of a consumer is gone: what it has not settled goes back, before the next consumer gets anything.
     private func close(_ consumer: InMemoryConsumer) {
-        stop(consumer)
         state.withLock { state in
+            state.queues[consumer.queue]?.consumers.removeAll { $0 === consumer }
             for message in (state.unsettled.removeValue(forKey: ObjectIdentifier(consumer)) ?? [:]).values {
                 Self.putBack(message, consumer.queue, &state)
             }
             state.lastTags[ObjectIdentifier(consumer)] = nil
             Self.dispatch(consumer.queue, &state)
         }
+        consumer.buffer.end(with: nil)
     }
 
     // MARK: Routing

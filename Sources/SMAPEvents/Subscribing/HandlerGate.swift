@@ -1,0 +1,82 @@
+internal import Synchronization
+internal import Waiting
+
+/// Lets the handlers of a subscription run side by side, or one of them alone.
+final class HandlerGate: Sendable {
+    private struct State {
+        var running = 0
+        /// How many want to run alone, or do: meanwhile no other one begins.
+        var lone = 0
+        var isAlone = false
+        /// Opened at the next change.
+        var change = Latch()
+    }
+
+    private let state = Mutex(State())
+
+    /// A handler may run beside others; waits while one runs alone. Returns as well when the task is cancelled.
+    func enter() async {
+        await wait { state in
+            guard state.lone == 0 else { return false }
+            state.running += 1
+            return true
+        } otherwise: {
+            $0.running += 1
+        }
+    }
+
+    /// A handler has ended that ran beside others.
+    func leave() { change { $0.running -= 1 } }
+
+    /// A handler may run alone; waits for those that run, and keeps others from beginning. Handlers that ignore their deadlines
+    /// are not waited for.
+    func enterAlone(within limit: Duration, _ stopwatch: Stopwatch) async {
+        state.withLock { $0.lone += 1 }
+        await withTaskGroup { group in
+            group.addTask {
+                await self.wait { state in
+                    guard state.running == 0, !state.isAlone else { return false }
+                    state.isAlone = true
+                    return true
+                } otherwise: {
+                    $0.isAlone = true
+                }
+            }
+            group.addTask { try? await stopwatch.sleepUntil(stopwatch.elapsed() + limit) }
+            await group.next()
+            group.cancelAll()
+        }
+    }
+
+    /// The handler that ran alone has ended.
+    func leaveAlone() {
+        change { state in
+            state.lone -= 1
+            state.isAlone = false
+        }
+    }
+
+    private func wait(
+        _ isDone: @Sendable (inout State) -> Bool, otherwise: @Sendable (inout State) -> Void
+    ) async {
+        while true {
+            let (isOver, change) = state.withLock { state -> (Bool, Latch) in
+                if isDone(&state) { return (true, state.change) }
+                guard Task.isCancelled else { return (false, state.change) }
+                otherwise(&state)
+                return (true, state.change)
+            }
+            if isOver { return }
+            await change.wait()
+        }
+    }
+
+    private func change(_ body: (inout State) -> Void) {
+        let latch = state.withLock { state in
+            body(&state)
+            defer { state.change = Latch() }
+            return state.change
+        }
+        latch.open()
+    }
+}
