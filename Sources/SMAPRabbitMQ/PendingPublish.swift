@@ -38,8 +38,12 @@ final class PendingPublish: @unchecked Sendable {
     var position: UInt64 = 0
     /// How many connections have ended while it was under way.
     var lossCount = 0
+    /// How many channels were closed while it was under way, for another message that the broker has named.
+    var interruptionCount = 0
     /// Whether the broker may have closed a channel because of it.
     var isSuspect = false
+    /// As a suspect it is written with so many others at most, itself included.
+    var groupLimit = Int.max
 
     init(_ message: EncodedMessage, deadline: MonotonicTime, caller: Caller) {
         self.message = message

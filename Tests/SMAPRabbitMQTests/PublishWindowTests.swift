@@ -338,6 +338,43 @@ private final class Bench {
         #expect(bench.results == [1: "exchangeNotFound unknown", 2: "exchangeNotFound unknown"])
     }
 
+    @Test(arguments: ["behind", "mixed", "before"], [false, true])
+    func `however many topics the broker refuses by name, the other messages are written a few times`(
+        refused: String, confirmsSome: Bool
+    ) throws {
+        let bench = Bench(messages: 1_000)
+        let ids = 1...360
+        func isRefused(_ id: Int) -> Bool {
+            switch refused {
+            case "behind": id > 300
+            case "before": id <= 60
+            default: id % 6 == 0
+            }
+        }
+        for id in ids { try bench.submit(id, key: isRefused(id) ? "secret.k\(id)" : "a.b") }
+        var copies: [Int: Int] = [:]
+        var rounds = 0
+        while bench.look({ $0.count }) > 0, rounds < 1_000 {
+            rounds += 1
+            let batch = bench.write()
+            for id in batch { copies[id, default: 0] += 1 }
+            // The broker closes the channel before it has confirmed anything, or but the first.
+            if let first = batch.first(where: isRefused) {
+                if confirmsSome, batch[0] != first { #expect(bench.confirm(1)) }
+                bench.closeChannel(
+                    "ACCESS_REFUSED - access to topic 'secret.k\(first)' in exchange 'x' in vhost '/' refused for user 'u'",
+                    .accessRefused)
+            } else {
+                #expect(bench.confirm(0, multiple: true))
+            }
+        }
+        #expect(ids.allSatisfy { bench.results[$0] == (isRefused($0) ? "accessRefused nacked" : "confirmed") })
+        // Twice with all others (five times if some are confirmed), and in halves of 360: at most log2(360) + 2.
+        #expect(
+            copies.values.max() ?? 0 <= (confirmsSome ? 13 : 10),
+            "\(copies.values.max() ?? 0) copies in \(rounds) rounds")
+    }
+
     @Test func `where the broker does not say which message it was, halves are written until it is alone`() throws {
         for guilty in [[1], [100], [57], [3, 4], [1, 50, 100]] {
             let bench = Bench(messages: 200)
