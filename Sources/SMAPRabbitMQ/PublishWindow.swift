@@ -330,6 +330,10 @@ struct PublishWindow {
         var size = 0
         // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
         if search.onWire > 0 { return [] }
+        if search.isOnNewConnection, !unsent.isEmpty {
+            search.beganConnection()
+            putBackLoneSuspects()
+        }
         let isTesting = unsent.first?.isSuspect == true
         if isTesting, !sent.isEmpty {
             search.awaitOthers(now: now)
@@ -379,6 +383,15 @@ struct PublishWindow {
             noteDrained(&resumptions)
         }
         return batch
+    }
+
+    /// What has ended a connection alone does not stand before the others on the next one.
+    private mutating func putBackLoneSuspects() {
+        guard let first = unsent.first, first.isSuspect, first.loneLossCount > 0 else { return }
+        // If there are no others, they take turns.
+        let count = unsent.firstIndex { $0.loneLossCount == 0 } ?? 1
+        unsent.append(contentsOf: unsent.prefix(count))
+        unsent.removeFirst(count)
     }
 
     /// Takes in what one read has brought. Nil for a confirm of what was not sent.
@@ -451,6 +464,7 @@ struct PublishWindow {
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
         if publish.isSuspect { search.settled(now: now) }
+        search.answered()
         hasSettled = true
         publish.settle()
         settledCount += 1
@@ -498,7 +512,11 @@ struct PublishWindow {
         // A broker that closes a channel drops what stands behind the message that it refuses (AMQP 0-9-1, channel.close).
         let taken = takeBack(before: guilty.last?.position ?? .max, &resumptions)
         if guilty.isEmpty {
-            isolate(taken.count, of: taken, error, &resumptions)
+            if let alone = taken.alone {
+                answer(alone, .failure(taken.wasInDoubt ? unknown(error) : error), &resumptions)
+            } else {
+                suspect(taken.count)
+            }
         } else {
             for publish in unsent.prefix(taken.count) { publish.interruptionCount += 1 }
             // If more are refused by name, the broker must not take all others again for each of them.
@@ -518,16 +536,6 @@ struct PublishWindow {
         var resumptions = Resumptions()
         takeBack(&resumptions)
         return resumptions
-    }
-
-    /// Blames the message that was in flight alone, or has what was in flight written again in halves.
-    ///
-    /// - Parameter count: How many are suspects, of those that are to be written again: the first ones.
-    private mutating func isolate(
-        _ count: Int, of taken: TakenBack, _ error: EventsError, _ resumptions: inout Resumptions
-    ) {
-        guard let alone = taken.alone else { return suspect(count) }
-        answer(alone, .failure(taken.wasInDoubt ? unknown(error) : error), &resumptions)
     }
 
     /// Marks the first unsent messages as suspect, to be written in halves.
@@ -559,8 +567,8 @@ struct PublishWindow {
         return resumptions
     }
 
-    /// Whether a message is looked for that ends channels or connections.
-    var isTesting: Bool { search.onWire > 0 || unsent.first?.isSuspect == true }
+    /// Whether the next connection is to be opened soon, to find a message that ends connections.
+    var retriesSoon: Bool { search.retriesSoon }
 
     /// When the channel must be opened again, if nothing is confirmed before: half of the room is held by messages that no
     /// caller waits for, to destinations of which nothing is confirmed; or suspects go unanswered.
@@ -606,27 +614,36 @@ struct PublishWindow {
     ///
     /// - Parameters:
     ///   - sentBytes: How much of the stream may have left; what stands behind it has not been written at all.
-    ///   - isRefusal: Whether the broker has closed the connection because of a message.
-    mutating func connectionLost(_ error: EventsError, sentBytes: UInt64, isRefusal: Bool) -> Resumptions {
+    ///   - cause: Whether a message may have ended the connection.
+    mutating func connectionLost(
+        _ error: EventsError, sentBytes: UInt64, cause: AMQPFailure.Cause
+    ) -> Resumptions {
         var resumptions = Resumptions()
         blockedReason = error
         // The next broker may have other limits and permissions.
         refusals = PublishRefusals()
-        var isSuspicious = false
-        for publish in sent where !publish.isSettled && !publish.isAnswered && publish.position < sentBytes {
-            publish.lossCount += 1
-            if publish.lossCount >= Self.lossLimit { isSuspicious = true }
-        }
+        let hadSuspects = sent.contains { $0.isSuspect && $0.position < sentBytes }
+        search.connectionLost(isTest: cause != .other && hadSuspects)
         let taken = takeBack(before: sentBytes, &resumptions)
-        let written = unsent.prefix(taken.count).prefix { $0.position < sentBytes }
-        if isRefusal {
-            isolate(written.count, of: taken, error, &resumptions)
-        } else if isSuspicious {
-            // Only those are suspected that were lost before: the oldest. By its losses alone no message is known to be refused.
-            let lost = EventsError(.connectionLost, error.message, operation: "publish")
-            isolate(written.prefix { $0.lossCount >= Self.lossLimit }.count, of: taken, lost, &resumptions)
+        guard cause != .other else { return resumptions }
+        let count = unsent.prefix(taken.count).prefix { $0.position < sentBytes }.count
+        for publish in unsent.prefix(count) { publish.lossCount += 1 }
+        // Where the broker says nothing, only those are suspected that were lost before: the oldest.
+        let suspects =
+            cause == .message ? count : unsent.prefix(count).prefix { $0.lossCount >= Self.lossLimit }.count
+        guard let alone = taken.alone else {
+            suspect(suspects)
+            return resumptions
         }
-        dropAnswered(&resumptions)
+        if search.endedConnectionAlone(alone, isRefusal: cause == .message) {
+            // By its losses alone no message is known to be refused.
+            let error =
+                cause == .message ? error : EventsError(.connectionLost, error.message, operation: "publish")
+            answer(alone, .failure(taken.wasInDoubt ? unknown(error) : error), &resumptions)
+            dropAnswered(&resumptions)
+        } else {
+            suspect(suspects)
+        }
         return resumptions
     }
 

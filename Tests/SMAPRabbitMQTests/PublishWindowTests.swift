@@ -107,10 +107,10 @@ private final class Bench {
         read(.confirmed(tag: tag, multiple: multiple, isNack: isNack))
     }
 
-    func lose(written: UInt64 = .max, isRefusal: Bool = false) {
+    func lose(written: UInt64 = .max, _ cause: AMQPFailure.Cause = .unexplained) {
         take(
             window.connectionLost(
-                EventsError(.connectionLost, "gone", operation: "test"), sentBytes: written, isRefusal: isRefusal))
+                EventsError(.connectionLost, "gone", operation: "test"), sentBytes: written, cause: cause))
         position = 0
     }
 
@@ -413,16 +413,140 @@ private final class Bench {
         let bench = Bench()
         for id in 1...3 { try bench.submit(id) }
         bench.write()
-        bench.lose(isRefusal: true)
+        bench.lose(.message)
         #expect(bench.write() == [1], "suspects go out in groups, and nothing else with them")
         #expect(bench.write().isEmpty)
         #expect(bench.confirm(1))
         #expect(bench.write() == [2])
-        bench.lose(isRefusal: true)
+        bench.lose(.message)
         #expect(bench.errors[2]?.publishOutcome == .unknown)
         #expect(bench.write() == [3])
         #expect(bench.confirm(1))
         #expect(bench.results[1] == "confirmed" && bench.results[3] == "confirmed")
+    }
+
+    @Test func `connections that end for something else than a message cost no message`() throws {
+        let bench = Bench()
+        for id in 1...3 { try bench.submit(id) }
+        for _ in 0..<10 {
+            #expect(bench.write() == [1, 2, 3])
+            bench.lose(.other)
+            #expect(bench.look { !$0.retriesSoon })
+        }
+        #expect(bench.results.isEmpty)
+    }
+
+    @Test(arguments: [1, 2, 100]) func `a broker that ends every connection costs no message`(count: Int) throws {
+        let bench = Bench(messages: 200)
+        for id in 1...count { try bench.submit(id) }
+        var quickCount = 0
+        for _ in 0..<200 {
+            bench.write()
+            bench.lose()
+            if bench.look({ $0.retriesSoon }) { quickCount += 1 }
+        }
+        #expect(bench.results.isEmpty, "no message is known to be the cause")
+        #expect(quickCount <= 12, "from then on with growing pauses")
+        var rounds = 0
+        while bench.look({ $0.count }) > 0, rounds < 200 {
+            rounds += 1
+            bench.write()
+            #expect(bench.confirm(0, multiple: true))
+        }
+        #expect(bench.results.values.count { $0 == "confirmed" } == count)
+    }
+
+    @Test func `a broker that blames every message is believed twice in a row`() throws {
+        let bench = Bench()
+        for id in 1...20 { try bench.submit(id) }
+        for _ in 0..<100 {
+            bench.write()
+            bench.lose(.message)
+        }
+        #expect(bench.results.count == 2)
+        var rounds = 0
+        while bench.results.count < 20, rounds < 100 {
+            rounds += 1
+            bench.write()
+            #expect(bench.confirm(0, multiple: true))
+        }
+        #expect(bench.results.values.count { $0 == "confirmed" } == 18)
+    }
+
+    @Test func `a message is given up when it has ended three connections alone, and others came through`() throws {
+        let bench = Bench()
+        for id in 1...3 { try bench.submit(id) }
+        // Three losses together make suspects of them.
+        for _ in 0..<3 {
+            #expect(bench.write() == [1, 2, 3])
+            bench.lose()
+        }
+        #expect(bench.write() == [1])
+        bench.lose()
+        #expect(bench.look { $0.retriesSoon })
+        #expect(bench.write() == [2], "the others have their turn first")
+        #expect(bench.confirm(1))
+        try bench.submit(4)
+        #expect(bench.write() == [3])
+        #expect(bench.confirm(2))
+        #expect(bench.write() == [1])
+        bench.lose()
+        #expect(bench.write() == [4])
+        #expect(bench.write().isEmpty, "a suspect is written alone")
+        #expect(bench.confirm(1))
+        #expect(bench.write() == [1])
+        #expect(bench.results == [2: "confirmed", 3: "confirmed", 4: "confirmed"])
+        bench.lose()
+        #expect(bench.results[1] == "unknown")
+        #expect(bench.look { $0.count } == 0)
+    }
+
+    @Test func `a connection that ends before a suspect is written is not opened again at once`() throws {
+        let bench = Bench()
+        for id in 1...2 { try bench.submit(id) }
+        bench.write()
+        bench.lose(.message)
+        #expect(bench.write() == [1])
+        bench.lose(.message)
+        #expect(bench.look { $0.retriesSoon })
+        bench.lose()
+        #expect(bench.look { !$0.retriesSoon })
+    }
+
+    @Test func `what has ended a connection alone is tested although another destination does not confirm`() throws {
+        let bench = Bench()
+        for id in 1...2 { try bench.submit(id, key: id == 1 ? "a.b" : "stuck.a") }
+        for _ in 0..<3 {
+            bench.write()
+            bench.lose()
+        }
+        #expect(bench.write() == [1])
+        bench.lose()
+        #expect(bench.write() == [2])
+        #expect(bench.write().isEmpty)
+        bench.now = bench.now.advanced(by: .seconds(2))
+        #expect(bench.needsReset)
+        bench.reset()
+        #expect(bench.write() == [1])
+        #expect(bench.confirm(1))
+        #expect(bench.write() == [2])
+    }
+
+    @Test(arguments: [
+        (AMQPFailure.closedByBroker(code: 320, text: "", method: 0), AMQPFailure.Cause.other),
+        (.closedByBroker(code: 541, text: "", method: 0), .other),
+        (.closedByBroker(code: 403, text: "", method: 0x0032_000A), .other),
+        (.closedByBroker(code: 501, text: "", method: 0x003C_0028), .message),
+        (.closedByBroker(code: 501, text: "", method: 0), .message),
+        (.closedByBroker(code: 530, text: "", method: 0), .unexplained),
+        (.silent("no heartbeat"), .other), (.unexpected("a confirm"), .other),
+    ])
+    func `only some ends of a connection can be a message's doing`(
+        failure: AMQPFailure, cause: AMQPFailure.Cause
+    ) {
+        #expect(AMQPFailure.cause(of: failure, hasRequests: false) == cause)
+        #expect(AMQPFailure.cause(of: SocketError(.lost, "reset"), hasRequests: false) == .unexplained)
+        #expect(AMQPFailure.cause(of: SocketError(.interrupted, "closed"), hasRequests: false) == .other)
     }
 
     @Test func `a message whose header is larger than the broker's frames fails alone`() throws {
