@@ -329,17 +329,20 @@ struct PublishWindow {
         var position = position
         var size = 0
         // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
-        if search.onWire > 0 { return [] }
         if search.isOnNewConnection, !unsent.isEmpty {
             search.beganConnection()
             putBackLoneSuspects()
         }
         let isTesting = unsent.first?.isSuspect == true
-        if isTesting, !sent.isEmpty {
+        if search.onWire > 0 {
+            // The group may be larger than what the socket takes at a time.
+            guard let next = unsent.first, isTesting, search.admits(next) else { return [] }
+        } else if isTesting, !sent.isEmpty {
             search.awaitOthers(now: now)
             return []
+        } else {
+            search.takenBack()
         }
-        search.takenBack()
         var hasFreed = false
         while let next = unsent.first, next.isSuspect == isTesting, !isTesting || search.admits(next),
             let message = next.message
@@ -553,18 +556,33 @@ struct PublishWindow {
         if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }), let message = orphan.message {
             lastUnconfirmed = (Self.name(message), now)
         }
+        let stuck = Set(sent.lazy.filter { !$0.isSettled && !$0.isAnswered }.map { Self.share(of: $0.destination) })
         let taken = takeBack(&resumptions)
         for publish in unsent.prefix(taken.count) {
             // The channel was not closed for it.
             publish.isSuspect = false
             publish.interruptionCount = 0
         }
-        if unsent.contains(where: \.isSuspect) {
-            // What goes unanswered must not stand before the suspects for ever.
-            unsent.append(contentsOf: unsent.prefix(taken.count))
-            unsent.removeFirst(taken.count)
-        }
+        if unsent.contains(where: \.isSuspect) { putBack(stuck, tried: taken.count) }
         return resumptions
+    }
+
+    /// Puts what goes to destinations that do not confirm behind everything else: one of them holds up the search once,
+    /// however many suspects go there.
+    ///
+    /// - Parameter tried: So many messages were in flight. They come last, so that another search begins with others.
+    private mutating func putBack(_ stuck: Set<Int>, tried: Int) {
+        let last = unsent.prefix(tried)
+        var (others, untried): (Deque<PendingPublish>, Deque<PendingPublish>) = ([], [])
+        for publish in unsent.dropFirst(tried) {
+            guard publish.isSuspect, stuck.contains(Self.share(of: publish.destination)) else {
+                others.append(publish)
+                continue
+            }
+            publish.isSuspect = false
+            untried.append(publish)
+        }
+        unsent = others + untried + last
     }
 
     /// Whether the next connection is to be opened soon, to find a message that ends connections.

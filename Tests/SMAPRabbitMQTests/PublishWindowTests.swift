@@ -588,6 +588,62 @@ private final class Bench {
         #expect(bench.results[2] == "eventRefused unknown")
     }
 
+    @Test func `a group of suspects is written whole, although the socket takes it in parts`() throws {
+        let bench = Bench(bytes: 16 << 20)
+        for id in 1...8 { try bench.submit(id, size: 200_000) }
+        bench.write(16 << 20)
+        bench.closeChannel("PRECONDITION_FAILED - something")
+        let budget = 256 * 1024
+        #expect((1...4).map { _ in bench.write(budget) } == [[1], [2], [3], [4]])
+        #expect(bench.write(budget).isEmpty)
+        #expect(bench.confirm(3, multiple: true))
+        #expect(bench.write(budget).isEmpty, "the fourth is not answered yet")
+        #expect(bench.confirm(4))
+        #expect(bench.write(budget) == [5])
+    }
+
+    /// If the guilty message goes there itself, each search tries others of that destination: halves of 20 are five.
+    @Test(arguments: [(41, 100, 1), (41, 200_000, 1), (40, 100, 5), (20, 100, 5)])
+    func `a destination that does not confirm holds up the search for a guilty message once`(
+        guilty: Int, size: Int, limit: Int
+    ) throws {
+        let bench = Bench(messages: 200, bytes: 64 << 20)
+        // One of two goes where nothing is confirmed.
+        for id in 1...40 { try bench.submit(id, key: id % 2 == 0 ? "stuck.a" : "a.b", size: size) }
+        if guilty == 41 { try bench.submit(41, key: "guilty.a") }
+        while !bench.write(256 * 1024).isEmpty {}
+        bench.closeChannel("PRECONDITION_FAILED - something")
+        var resets = 0
+        var rounds = 0
+        var lastTag = 0
+        while bench.results.count < 21, rounds < 200 {
+            rounds += 1
+            var group: [Int] = []
+            while true {
+                let batch = bench.write(256 * 1024)
+                if batch.isEmpty { break }
+                group += batch
+            }
+            if group.contains(guilty) {
+                bench.closeChannel("PRECONDITION_FAILED - something")
+                lastTag = 0
+                continue
+            }
+            for id in group {
+                lastTag += 1
+                if id % 2 != 0 { #expect(bench.confirm(UInt64(lastTag))) }
+            }
+            guard group.contains(where: { $0 % 2 == 0 }), bench.results.count < 21 else { continue }
+            bench.now = bench.now.advanced(by: .seconds(2))
+            #expect(bench.needsReset)
+            bench.reset()
+            (lastTag, resets) = (0, resets + 1)
+        }
+        #expect(bench.results[guilty] == "eventRefused unknown")
+        #expect(bench.results.values.count { $0 == "confirmed" } == 20)
+        #expect(resets <= limit)
+    }
+
     @Test func `a destination that was refused is refused here for a while, and not by closing the channel each time`()
         throws
     {
