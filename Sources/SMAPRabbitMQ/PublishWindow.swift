@@ -404,12 +404,15 @@ struct PublishWindow {
         for event in events {
             switch event {
             case .returned(let exchange, let routingKey, let messageID):
-                let publish = sent.first {
-                    guard !$0.isReturned, let message = $0.message else { return false }
-                    return message.messageID == messageID && message.destination.routingKey == routingKey
-                        && message.destination.exchange == exchange
+                let hash = PublishDestination(exchange: exchange, routingKey: routingKey).hash
+                // Where several match, it is not known which one was returned. Taken for a wrong one, it would tell the
+                // caller of the right one that its message is in a queue.
+                for publish in sent where publish.destination == hash {
+                    guard let message = publish.message, message.messageID == messageID,
+                        message.destination.routingKey == routingKey, message.destination.exchange == exchange
+                    else { continue }
+                    publish.isReturned = true
                 }
-                publish?.isReturned = true
             case .confirmed(let tag, let multiple, let isNack):
                 guard confirmed(tag: tag, multiple: multiple, isNack: isNack, now, &resumptions) else { return nil }
             }

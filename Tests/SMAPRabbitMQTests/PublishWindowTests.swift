@@ -31,20 +31,20 @@ private final class Bench {
     /// Reserves and submits, as one caller for whom there is room.
     func submit(
         _ id: Int, exchange: String = "x", key: String = "a.b", size: Int = 0, header: Int = 0,
-        isRequest: Bool = false, deadline: MonotonicTime = .distantFuture
+        isRequest: Bool = false, hasID: Bool = true, deadline: MonotonicTime = .distantFuture
     ) throws {
         let grant = try #require(try reserve(key: key, exchange: exchange))
         try use(
-            grant, id, exchange: exchange, key: key, size: size, header: header, isRequest: isRequest,
+            grant, id, exchange: exchange, key: key, size: size, header: header, isRequest: isRequest, hasID: hasID,
             deadline: deadline)
     }
 
     /// Submits for room that was granted.
     func use(
         _ grant: PublishGrant, _ id: Int, exchange: String = "x", key: String = "a.b", size: Int = 0,
-        header: Int = 0, isRequest: Bool = false, deadline: MonotonicTime = .distantFuture
+        header: Int = 0, isRequest: Bool = false, hasID: Bool = true, deadline: MonotonicTime = .distantFuture
     ) throws {
-        var properties = MessageProperties(messageID: "m\(id)", correlationID: "c\(id)")
+        var properties = MessageProperties(messageID: hasID ? "m\(id)" : nil, correlationID: "c\(id)")
         if isRequest { properties.replyTo = "asker" }
         if header > 0 { properties.headers["h"] = .string(String(repeating: "v", count: header)) }
         let message = try EncodedMessage(
@@ -179,6 +179,18 @@ private final class Bench {
             .returned(exchange: "x", routingKey: "a.b", messageID: "m2"),
             .confirmed(tag: 3, multiple: true, isNack: false))
         #expect(bench.results == [1: "confirmed", 2: "confirmed", 3: "returned"])
+    }
+
+    @Test func `a return that several messages match is taken for all of them`() throws {
+        let bench = Bench()
+        // Messages of others may have no id.
+        for id in 1...3 { try bench.submit(id, key: id == 3 ? "c.d" : "a.b", hasID: false) }
+        bench.write()
+        // The second has lost its queue: taken for the first alone, it would count as routed.
+        bench.read(
+            .returned(exchange: "x", routingKey: "a.b", messageID: nil),
+            .confirmed(tag: 3, multiple: true, isNack: false))
+        #expect(bench.results == [1: "returned", 2: "returned", 3: "confirmed"])
     }
 
     @Test func `of what is confirmed, the requests that reached a queue are named`() throws {
