@@ -88,5 +88,7 @@ struct SuspectSearch {
     mutating func awaitOthers(now: MonotonicTime) { limit = min(limit, now.advanced(by: Self.patience)) }
 
     /// The broker could not answer until now.
-    mutating func unblocked(now: MonotonicTime) { if onWire > 0 { limit = now.advanced(by: Self.patience) } }
+    mutating func unblocked(now: MonotonicTime) {
+        if limit != .distantFuture { limit = now.advanced(by: Self.patience) }
+    }
 }
