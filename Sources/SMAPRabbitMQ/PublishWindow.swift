@@ -113,8 +113,8 @@ struct PublishWindow {
     private(set) var blockedReason: EventsError?
     /// No deadline is earlier than this; it may be too early.
     private(set) var nextDeadline = MonotonicTime.distantFuture
-    /// What the channel was closed for last, because it was not confirmed.
-    private var lastUnconfirmed: (destination: String, at: MonotonicTime)?
+    /// What the channel was closed for last, because it was not confirmed. Nil once something of it is.
+    private var lastUnconfirmed: (destination: UInt64, name: String, at: MonotonicTime)?
 
     init(_ limits: Limits) {
         self.limits = limits
@@ -472,6 +472,7 @@ struct PublishWindow {
         if publish.isSuspect { search.settled(now: now) }
         search.answered()
         hasSettled = true
+        if lastUnconfirmed?.destination == publish.destination { lastUnconfirmed = nil }
         publish.settle()
         settledCount += 1
         free(publish)
@@ -553,12 +554,14 @@ struct PublishWindow {
     }
 
     /// The channel is closed by us, because destinations do not confirm: what no caller waits for is given up, the rest is
-    /// written again.
-    mutating func channelReset(now: MonotonicTime) -> Resumptions {
+    /// written again. Returns also which destination it is, the first if there are several.
+    mutating func channelReset(now: MonotonicTime) -> (Resumptions, destination: String?) {
         var resumptions = Resumptions()
-        if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }), let message = orphan.message {
-            lastUnconfirmed = (Self.name(message), now)
+        let unanswered = sent.first { $0.isAnswered && !$0.isSettled } ?? sent.first { !$0.isSettled }
+        if let unanswered, let message = unanswered.message {
+            lastUnconfirmed = (unanswered.destination, Self.name(message), now)
         }
+        let destination = unanswered == nil ? nil : lastUnconfirmed?.name
         let stuck = Set(sent.lazy.filter { !$0.isSettled && !$0.isAnswered }.map { Self.share(of: $0.destination) })
         let taken = takeBack(&resumptions)
         for publish in unsent.prefix(taken.count) {
@@ -567,7 +570,7 @@ struct PublishWindow {
             publish.interruptionCount = 0
         }
         if unsent.contains(where: \.isSuspect) { putBack(stuck, tried: taken.count) }
-        return resumptions
+        return (resumptions, destination)
     }
 
     /// Puts what goes to destinations that do not confirm behind everything else: one of them holds up the search once,
@@ -621,7 +624,7 @@ struct PublishWindow {
         {
             return Self.name(message)
         }
-        return lastUnconfirmed.flatMap { $0.at.advanced(by: .seconds(60)) > now ? $0.destination : nil }
+        return lastUnconfirmed.flatMap { $0.at.advanced(by: .seconds(60)) > now ? $0.name : nil }
     }
 
     /// The key of the default exchange is a queue's name or an address for replies: it is not told.

@@ -119,7 +119,13 @@ private final class Bench {
     }
 
     var needsReset: Bool { window.needsReset(now: now) }
-    func reset() { take(window.channelReset(now: now)) }
+    /// Returns the destination that is named for it.
+    @discardableResult
+    func reset() -> String? {
+        let (resumptions, destination) = window.channelReset(now: now)
+        take(resumptions)
+        return destination
+    }
     func step(_ step: (inout PublishWindow) -> PublishWindow.Resumptions) { take(step(&window)) }
     func look<Value>(_ look: (inout PublishWindow) -> Value) -> Value { look(&window) }
 
@@ -659,6 +665,27 @@ private final class Bench {
         #expect(resets <= limit)
     }
 
+    @Test func `a reset for suspects names the destination until something of it is confirmed`() throws {
+        let bench = Bench()
+        try bench.submit(1, key: "stuck.a")
+        for id in 2...4 { try bench.submit(id) }
+        bench.write()
+        bench.closeChannel("PRECONDITION_FAILED - something")
+        #expect(bench.write() == [1, 2])
+        #expect(bench.confirm(2))
+        bench.now = bench.now.advanced(by: .seconds(2))
+        #expect(bench.needsReset)
+        #expect(bench.reset() == "x stuck.a")
+        let now = bench.now
+        #expect(bench.look { $0.unconfirmedDestination(now: now) } == "x stuck.a")
+        #expect(bench.write() == [3, 4])
+        #expect(bench.confirm(0, multiple: true))
+        #expect(bench.look { $0.unconfirmedDestination(now: now) } == "x stuck.a")
+        #expect(bench.write() == [1])
+        #expect(bench.confirm(3))
+        #expect(bench.look { $0.unconfirmedDestination(now: now) } == nil)
+    }
+
     @Test func `a destination that was refused is refused here for a while, and not by closing the channel each time`()
         throws
     {
@@ -849,7 +876,7 @@ private final class Bench {
         #expect(bench.look { !$0.needsReset(now: due) })
         bench.step { $0.expire(now: due) }
         #expect(bench.look { $0.needsReset(now: due) })
-        bench.step { $0.channelReset(now: due) }
+        bench.step { $0.channelReset(now: due).0 }
         #expect(bench.look { !$0.needsReset(now: due) && $0.count == 1 })
         #expect(bench.look { $0.unconfirmedDestination(now: due) } == "x stuck.a")
         #expect(bench.write() == [4], "what a caller waits for is written again")
