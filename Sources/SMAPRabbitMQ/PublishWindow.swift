@@ -94,6 +94,8 @@ struct PublishWindow {
         var written = 0
         /// Since when nothing of what was written has been confirmed; nil while nothing is written.
         var silentSince: MonotonicTime?
+        /// Whether the broker has answered something of it, and left nothing unanswered when a channel ended.
+        var hasConfirmed = false
         /// Written messages whose callers have been answered, because the broker has not.
         var orphans = 0
         var orphanBytes = 0
@@ -157,14 +159,16 @@ struct PublishWindow {
     }
 
     /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
-    /// up itself, not the others.
+    /// up itself, not the others. Destinations of which nothing has been confirmed share half of it.
     private var spare: (messages: Int, bytes: Int) { (limits.messages / 4, limits.bytes / 4) }
 
     // One message may go over the limit of bytes, so that a large one gets its turn.
     private var hasRoom: Bool { messages < limits.messages && bytes < limits.bytes }
 
     private func hasSpareRoom(for share: Int) -> Bool {
-        guard messages < limits.messages + spare.messages, bytes < limits.bytes + spare.bytes,
+        // Many destinations that do not confirm must not use it up together.
+        let part = shares[share].hasConfirmed ? 1 : 2
+        guard messages < limits.messages + spare.messages / part, bytes < limits.bytes + spare.bytes / part,
             shares[share].messages < limits.messages / 16, shares[share].bytes < limits.bytes / 16
         else { return false }
         guard let silentSince = shares[share].silentSince else { return true }
@@ -479,6 +483,7 @@ struct PublishWindow {
         let share = Self.share(of: publish.destination)
         shares[share].written -= 1
         shares[share].silentSince = shares[share].written == 0 ? nil : now
+        shares[share].hasConfirmed = true
         guard !publish.isAnswered else { return }
         publish.isAnswered = true
         if isNack {
@@ -833,7 +838,9 @@ struct PublishWindow {
         (nextTag, settledCount, orphans, orphanBytes) = (1, 0, 0, 0)
         search.takenBack()
         for index in shares.indices {
-            shares[index] = Share(messages: shares[index].messages, bytes: shares[index].bytes)
+            let share = shares[index]
+            shares[index] = Share(
+                messages: share.messages, bytes: share.bytes, hasConfirmed: share.hasConfirmed && share.written == 0)
         }
         dropAnswered(&resumptions)
         return taken
