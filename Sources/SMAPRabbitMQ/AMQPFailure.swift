@@ -19,7 +19,7 @@ enum AMQPFailure: Error {
         case message
         /// Perhaps a message: the end has no reason, or one that tells nothing of what it was for.
         case unexplained
-        /// Something else: the server's own state, a request, the network, or ourselves.
+        /// Something else: the server's own state, its silence, a request, or ourselves.
         case other
     }
 

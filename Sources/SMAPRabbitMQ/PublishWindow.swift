@@ -332,11 +332,11 @@ struct PublishWindow {
         var batch: [PendingPublish] = []
         var position = position
         var size = 0
-        // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
         if search.isOnNewConnection, !unsent.isEmpty {
             search.beganConnection()
             putBackLoneSuspects()
         }
+        // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
         let isTesting = unsent.first?.isSuspect == true
         if search.onWire > 0 {
             // The group may be larger than what the socket takes at a time.
@@ -567,7 +567,7 @@ struct PublishWindow {
             lastUnconfirmed = (unanswered.destination, Self.name(message), now)
         }
         let destination = unanswered == nil ? nil : lastUnconfirmed?.name
-        let stuck = Set(sent.lazy.filter { !$0.isSettled && !$0.isAnswered }.map { Self.share(of: $0.destination) })
+        let stuck = Set(sent.lazy.filter { !$0.isSettled }.map { Self.share(of: $0.destination) })
         let taken = takeBack(&resumptions)
         for publish in unsent.prefix(taken.count) {
             // The channel was not closed for it.
@@ -591,6 +591,7 @@ struct PublishWindow {
                 continue
             }
             publish.isSuspect = false
+            publish.interruptionCount = 0
             untried.append(publish)
         }
         unsent = others + untried + last

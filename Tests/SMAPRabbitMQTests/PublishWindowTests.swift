@@ -665,6 +665,22 @@ private final class Bench {
         #expect(resets <= limit)
     }
 
+    @Test func `a destination is known to be silent although the caller of what was tried is gone`() throws {
+        let bench = Bench()
+        for id in 1...4 { try bench.submit(id, key: id % 2 == 1 ? "stuck.a" : "a.b") }
+        bench.write()
+        bench.closeChannel("PRECONDITION_FAILED - something")
+        #expect(bench.write() == [1, 2])
+        bench.cancel(1)
+        #expect(bench.confirm(2))
+        bench.now = bench.now.advanced(by: .seconds(2))
+        #expect(bench.needsReset)
+        bench.reset()
+        #expect(bench.write() == [4], "the other suspect to the same destination waits")
+        #expect(bench.confirm(1))
+        #expect(bench.write() == [3])
+    }
+
     @Test func `a reset for suspects names the destination until something of it is confirmed`() throws {
         let bench = Bench()
         try bench.submit(1, key: "stuck.a")
