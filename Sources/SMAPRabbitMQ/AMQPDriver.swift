@@ -206,13 +206,13 @@ final class AMQPDriver: ConnectionDriver {
         try continueRestoration(now)
         // The heartbeats of a broker that reads nothing come all the same.
         if let stuckSince, now >= stuckSince.advanced(by: connection.configuration.stallLimit) {
-            throw SocketError(
-                .lost, "the server has read nothing for \(connection.configuration.stallLimit) (stallLimit)")
+            throw AMQPFailure.silent(
+                "the server has read nothing for \(connection.configuration.stallLimit) (stallLimit)")
         }
         guard limits.heartbeat > 0 else { return }
         // Two intervals without a sign of life (RabbitMQ guide, "Heartbeats").
         if now >= lastReceived.advanced(by: .seconds(2 * limits.heartbeat)) {
-            throw SocketError(.lost, "no heartbeat from the server for \(2 * limits.heartbeat) s")
+            throw AMQPFailure.silent("no heartbeat from the server for \(2 * limits.heartbeat) s")
         }
         if now >= lastSent.advanced(by: .milliseconds(500 * limits.heartbeat)), stream.isFlushed {
             stream.append { $0 += Self.heartbeatFrame }
@@ -308,8 +308,8 @@ final class AMQPDriver: ConnectionDriver {
             default: break
             }
             // Without a name, a message is to blame only where there was nothing else.
-            let isRefusal = AMQPFailure.isRefusalOfMessage(error, hasRequests: channels.values.contains { !$0.isIdle })
-            connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, isRefusal: isRefusal)
+            let cause = AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
+            connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, cause: cause)
         } else {
             sayGoodbye()
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))

@@ -10,6 +10,18 @@ enum AMQPFailure: Error {
     case closedByBroker(code: Int, text: String, method: UInt32)
     /// Frames that no broker should send.
     case unexpected(String)
+    /// The server gives no sign of life, or takes nothing of what it is sent.
+    case silent(String)
+
+    /// What has ended a connection, as far as messages are concerned.
+    enum Cause {
+        /// A message: the broker says so.
+        case message
+        /// Perhaps a message: the end has no reason, or one that tells nothing of what it was for.
+        case unexplained
+        /// Something else: the server's own state, its silence, a request, or ourselves.
+        case other
+    }
 
     /// The end of a connection as callers see it. The texts come from the broker and the C library, and hold neither
     /// passwords nor payload.
@@ -32,21 +44,27 @@ enum AMQPFailure: Error {
             return EventsError(isLimit ? lost : brokerCode(code) ?? lost, text, operation: operation)
         case AMQPFailure.unexpected(let what):
             return EventsError(.protocolViolation, what, operation: operation)
+        case AMQPFailure.silent(let what): return EventsError(lost, what, operation: operation)
         case let error as EventsError: return error
         default: return EventsError(lost, "\(type(of: error))", operation: operation)
         }
     }
 
-    /// Whether the broker has closed the connection because of a message: it names the method, or says that a frame was wrong
-    /// and names none.
+    /// What has ended a connection. The broker closes it because of a message if it names the method, or says that a frame
+    /// was wrong and names none.
     ///
     /// - Parameter hasRequests: Whether requests were in flight: then one of them may be to blame as well.
-    static func isRefusalOfMessage(_ failure: any Error, hasRequests: Bool) -> Bool {
-        guard case AMQPFailure.closedByBroker(let code, _, let method) = failure, !isStateOfServer(code) else {
-            return false
+    static func cause(of failure: any Error, hasRequests: Bool) -> Cause {
+        switch failure {
+        case AMQPFailure.closedByBroker(let code, _, _) where isStateOfServer(code): .other
+        case AMQPFailure.closedByBroker(_, _, AMQP_BASIC_PUBLISH_METHOD): .message
+        case AMQPFailure.closedByBroker(let code, _, 0):
+            !hasRequests && brokerCode(code) == .protocolViolation ? .message : .unexplained
+        // A broker that dies of a message gives no reason; neither does a proxy that has lost its broker.
+        case let failure as SocketError: failure.kind == .lost ? .unexplained : .other
+        case is TLSError: .unexplained
+        default: .other
         }
-        return method == AMQP_BASIC_PUBLISH_METHOD
-            || (method == 0 && !hasRequests && brokerCode(code) == .protocolViolation)
     }
 
     /// Whether a reply code tells of the server's own state, which passes, and not of what it was sent.

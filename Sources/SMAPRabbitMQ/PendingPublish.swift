@@ -36,10 +36,18 @@ final class PendingPublish: @unchecked Sendable {
     var tag: UInt64 = 0
     /// Where its first byte stands in the stream of that connection.
     var position: UInt64 = 0
-    /// How many connections have ended while it was under way.
+    /// How many connections have ended while it was under way, as far as a message may have ended them.
     var lossCount = 0
+    /// How many of them have ended while it was the only message under way.
+    var loneLossCount = 0
+    /// How many answers the broker had given before the first of those.
+    var answersBefore = 0
+    /// How many channels were closed while it was under way, for another message that the broker has named.
+    var interruptionCount = 0
     /// Whether the broker may have closed a channel because of it.
     var isSuspect = false
+    /// As a suspect it is written with so many others at most, itself included.
+    var groupLimit = Int.max
 
     init(_ message: EncodedMessage, deadline: MonotonicTime, caller: Caller) {
         self.message = message

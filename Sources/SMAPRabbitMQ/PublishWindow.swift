@@ -63,8 +63,9 @@ struct PublishWindow {
     private static let silenceLimit = Duration.seconds(5)
     /// A message that was under way at so many losses is suspected of having caused them.
     private static let lossLimit = 3
-    /// How long suspects may go unanswered: one of them may go where nothing is confirmed.
-    private static let suspectPatience = Duration.seconds(2)
+    /// A message that was under way at so many closes of the channel for other messages is written in halves from then on,
+    /// whatever else is confirmed meanwhile.
+    private static let interruptionLimit = 4
 
     private let limits: Limits
     private var mode = Mode.open
@@ -93,6 +94,8 @@ struct PublishWindow {
         var written = 0
         /// Since when nothing of what was written has been confirmed; nil while nothing is written.
         var silentSince: MonotonicTime?
+        /// Whether the broker has answered something of it, and left nothing unanswered when a channel ended.
+        var hasConfirmed = false
         /// Written messages whose callers have been answered, because the broker has not.
         var orphans = 0
         var orphanBytes = 0
@@ -102,12 +105,9 @@ struct PublishWindow {
     /// The orphans of all destinations.
     private var orphans = 0
     private var orphanBytes = 0
-    /// How many suspects are on the wire and not answered.
-    private var suspectCount = 0
-    /// So many suspects are written at a time, to find the one that the broker closes the channel for.
-    private var suspectGroup = 1
-    /// Until when those that were written must be answered.
-    private var suspectLimit = MonotonicTime.distantFuture
+    private var search = SuspectSearch()
+    /// Whether the broker has answered anything since it closed the channel last because of a message.
+    private var hasSettled = false
 
     private var refusals = PublishRefusals()
     private var draining: [@Sendable () -> Void] = []
@@ -115,8 +115,8 @@ struct PublishWindow {
     private(set) var blockedReason: EventsError?
     /// No deadline is earlier than this; it may be too early.
     private(set) var nextDeadline = MonotonicTime.distantFuture
-    /// What the channel was closed for last, because it was not confirmed.
-    private var lastUnconfirmed: (destination: String, at: MonotonicTime)?
+    /// What the channel was closed for last, because it was not confirmed. Nil once something of it is.
+    private var lastUnconfirmed: (destination: UInt64, name: String, at: MonotonicTime)?
 
     init(_ limits: Limits) {
         self.limits = limits
@@ -159,14 +159,16 @@ struct PublishWindow {
     }
 
     /// Beyond the limits, so much is kept for destinations that have little in the window: one that does not confirm holds
-    /// up itself, not the others.
+    /// up itself, not the others. Destinations of which nothing has been confirmed share half of it.
     private var spare: (messages: Int, bytes: Int) { (limits.messages / 4, limits.bytes / 4) }
 
     // One message may go over the limit of bytes, so that a large one gets its turn.
     private var hasRoom: Bool { messages < limits.messages && bytes < limits.bytes }
 
     private func hasSpareRoom(for share: Int) -> Bool {
-        guard messages < limits.messages + spare.messages, bytes < limits.bytes + spare.bytes,
+        // Many destinations that do not confirm must not use it up together.
+        let part = shares[share].hasConfirmed ? 1 : 2
+        guard messages < limits.messages + spare.messages / part, bytes < limits.bytes + spare.bytes / part,
             shares[share].messages < limits.messages / 16, shares[share].bytes < limits.bytes / 16
         else { return false }
         guard let silentSince = shares[share].silentSince else { return true }
@@ -330,16 +332,25 @@ struct PublishWindow {
         var batch: [PendingPublish] = []
         var position = position
         var size = 0
-        // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
-        if suspectCount > 0 { return [] }
-        let isTesting = unsent.first?.isSuspect == true
-        if isTesting, !sent.isEmpty {
-            suspectLimit = min(suspectLimit, now.advanced(by: Self.suspectPatience))
-            return []
+        if search.isOnNewConnection, !unsent.isEmpty {
+            search.beganConnection()
+            putBackLoneSuspects()
         }
-        let room = isTesting ? suspectGroup : .max
+        // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
+        let isTesting = unsent.first?.isSuspect == true
+        if search.onWire > 0 {
+            // The group may be larger than what the socket takes at a time.
+            guard let next = unsent.first, isTesting, search.admits(next) else { return [] }
+        } else if isTesting, !sent.isEmpty {
+            search.awaitOthers(now: now)
+            return []
+        } else {
+            search.takenBack()
+        }
         var hasFreed = false
-        while batch.count < room, let next = unsent.first, next.isSuspect == isTesting, let message = next.message {
+        while let next = unsent.first, next.isSuspect == isTesting, !isTesting || search.admits(next),
+            let message = next.message
+        {
             let length = message.length(frameLimit: frameLimit)
             if !batch.isEmpty, size + length > budget { break }
             unsent.removeFirst()
@@ -362,7 +373,7 @@ struct PublishWindow {
                 continue
             }
             size += length
-            if isTesting { suspectCount += 1 }
+            if isTesting { search.wrote(next, now: now) }
             let share = Self.share(of: next.destination)
             if shares[share].written == 0 { shares[share].silentSince = now }
             shares[share].written += 1
@@ -374,12 +385,20 @@ struct PublishWindow {
             batch.append(next)
         }
         sent.append(contentsOf: batch)
-        suspectLimit = suspectCount > 0 ? now.advanced(by: Self.suspectPatience) : .distantFuture
         if hasFreed {
             admitWaiting(&resumptions)
             noteDrained(&resumptions)
         }
         return batch
+    }
+
+    /// What has ended a connection alone does not stand before the others on the next one.
+    private mutating func putBackLoneSuspects() {
+        guard let first = unsent.first, first.isSuspect, first.loneLossCount > 0 else { return }
+        // If there are no others, they take turns.
+        let count = unsent.firstIndex { $0.loneLossCount == 0 } ?? 1
+        unsent.append(contentsOf: unsent.prefix(count))
+        unsent.removeFirst(count)
     }
 
     /// Takes in what one read has brought. Nil for a confirm of what was not sent.
@@ -389,12 +408,15 @@ struct PublishWindow {
         for event in events {
             switch event {
             case .returned(let exchange, let routingKey, let messageID):
-                let publish = sent.first {
-                    guard !$0.isReturned, let message = $0.message else { return false }
-                    return message.messageID == messageID && message.destination.routingKey == routingKey
-                        && message.destination.exchange == exchange
+                let hash = PublishDestination(exchange: exchange, routingKey: routingKey).hash
+                // Where several match, it is not known which one was returned. Taken for a wrong one, it would tell the
+                // caller of the right one that its message is in a queue.
+                for publish in sent where publish.destination == hash {
+                    guard let message = publish.message, message.messageID == messageID,
+                        message.destination.routingKey == routingKey, message.destination.exchange == exchange
+                    else { continue }
+                    publish.isReturned = true
                 }
-                publish?.isReturned = true
             case .confirmed(let tag, let multiple, let isNack):
                 guard confirmed(tag: tag, multiple: multiple, isNack: isNack, now, &resumptions) else { return nil }
             }
@@ -451,16 +473,17 @@ struct PublishWindow {
         if publish.isAnswered { count(orphan: publish, -1) }
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
-        if publish.isSuspect {
-            suspectCount -= 1
-            if suspectCount == 0 { suspectLimit = .distantFuture }
-        }
+        if publish.isSuspect { search.settled(now: now) }
+        search.answered()
+        hasSettled = true
+        if lastUnconfirmed?.destination == publish.destination { lastUnconfirmed = nil }
         publish.settle()
         settledCount += 1
         free(publish)
         let share = Self.share(of: publish.destination)
         shares[share].written -= 1
         shares[share].silentSince = shares[share].written == 0 ? nil : now
+        shares[share].hasConfirmed = true
         guard !publish.isAnswered else { return }
         publish.isAnswered = true
         if isNack {
@@ -482,17 +505,35 @@ struct PublishWindow {
     /// The broker has closed the channel because of a message, and will open another.
     ///
     /// Guilty are the messages whose exchange (and key, where the broker names one) stands in its text; all others are
-    /// written again. Where the text names none, what was in flight is written again in groups, until the guilty message
-    /// is alone.
+    /// written again. Where the text names none, or channels are closed for one message after the other and nothing is
+    /// confirmed, what was in flight is written again in groups.
     mutating func channelClosed(_ error: EventsError, now: MonotonicTime) -> Resumptions {
         var resumptions = Resumptions()
         let refused = PublishRefusals.Subject(error.message)
         let guilty = sent.filter { publish in publish.message.map { refused.includes($0) } ?? false }
         if let message = guilty.first?.message { refusals.insert(refused, of: message, error, now: now) }
-        // One alone, never written before: then it is the message that the broker refused.
+        // One alone, never written before: then it is the message that the broker refused. If it was taken before, the same
+        // refusal does not tell: permissions may have changed since.
         let isCertain = guilty.count == 1 && !guilty[0].isInDoubt
         for publish in guilty { answer(publish, .failure(isCertain ? error : unknown(error)), &resumptions) }
-        takeBack(written: .max, blamed: guilty.isEmpty ? error : nil, &resumptions)
+        let limit = hasSettled ? Self.interruptionLimit : 1
+        let isRepeated = sent.contains {
+            !$0.isSettled && !$0.isAnswered && ($0.isSuspect || $0.interruptionCount >= limit)
+        }
+        hasSettled = false
+        // A broker that closes a channel drops what stands behind the message that it refuses (AMQP 0-9-1, channel.close).
+        let taken = takeBack(before: guilty.last?.position ?? .max, &resumptions)
+        if guilty.isEmpty {
+            if let alone = taken.alone {
+                answer(alone, .failure(taken.wasInDoubt ? unknown(error) : error), &resumptions)
+            } else {
+                suspect(taken.count)
+            }
+        } else {
+            for publish in unsent.prefix(taken.count) { publish.interruptionCount += 1 }
+            // If more are refused by name, the broker must not take all others again for each of them.
+            if isRepeated { suspect(taken.count) }
+        }
         // What waits to be written would be refused as well.
         for publish in unsent where !publish.isAnswered {
             guard let error = refusals.reason(for: publish) else { continue }
@@ -505,50 +546,59 @@ struct PublishWindow {
     /// The channel is gone, and no message is to blame.
     mutating func channelLost() -> Resumptions {
         var resumptions = Resumptions()
-        takeBack(written: .max, blamed: nil, &resumptions)
+        takeBack(&resumptions)
         return resumptions
     }
 
-    /// Marks what was in flight as suspect, to be written again in halves; one alone is guilty.
-    ///
-    /// - Parameters:
-    ///   - count: How many of those that were in flight are to be written again: the first ones.
-    ///   - isAlone: Whether nothing else was in flight.
-    private mutating func isolate(
-        _ count: Int, isAlone: Bool, _ error: EventsError, wasInDoubt: Bool, _ resumptions: inout Resumptions
-    ) {
-        guard count > 0 else { return }
-        guard !isAlone else {
-            let publish = unsent.removeFirst()
-            answer(publish, .failure(wasInDoubt ? unknown(error) : error), &resumptions)
-            free(publish)
-            suspectGroup = max(1, unsent.prefix(while: \.isSuspect).count / 2)
-            return
+    /// Marks the first unsent messages as suspect, to be written in halves.
+    private func suspect(_ count: Int) {
+        for publish in unsent.prefix(count) {
+            publish.isSuspect = true
+            publish.groupLimit = max(1, min(publish.groupLimit, count / 2))
         }
-        for publish in unsent.prefix(count) { publish.isSuspect = true }
-        suspectGroup = max(1, count / 2)
     }
 
     /// The channel is closed by us, because destinations do not confirm: what no caller waits for is given up, the rest is
-    /// written again.
-    mutating func channelReset(now: MonotonicTime) -> Resumptions {
+    /// written again. Returns also which destination it is, the first if there are several.
+    mutating func channelReset(now: MonotonicTime) -> (Resumptions, destination: String?) {
         var resumptions = Resumptions()
-        if let orphan = sent.first(where: { $0.isAnswered && !$0.isSettled }), let message = orphan.message {
-            lastUnconfirmed = (Self.name(message), now)
+        let unanswered = sent.first { $0.isAnswered && !$0.isSettled } ?? sent.first { !$0.isSettled }
+        if let unanswered, let message = unanswered.message {
+            lastUnconfirmed = (unanswered.destination, Self.name(message), now)
         }
-        let unanswered = sent
-        takeBack(written: .max, blamed: nil, &resumptions)
-        if unsent.contains(where: \.isSuspect) {
-            // What goes unanswered must not stand before the suspects for ever.
-            let count = unanswered.count { !$0.isSettled && !$0.isAnswered }
-            unsent.append(contentsOf: unsent.prefix(count))
-            unsent.removeFirst(count)
+        let destination = unanswered == nil ? nil : lastUnconfirmed?.name
+        let stuck = Set(sent.lazy.filter { !$0.isSettled }.map { Self.share(of: $0.destination) })
+        let taken = takeBack(&resumptions)
+        for publish in unsent.prefix(taken.count) {
+            // The channel was not closed for it.
+            publish.isSuspect = false
+            publish.interruptionCount = 0
         }
-        return resumptions
+        if unsent.contains(where: \.isSuspect) { putBack(stuck, tried: taken.count) }
+        return (resumptions, destination)
     }
 
-    /// Whether a message is looked for that ends channels or connections.
-    var isTesting: Bool { suspectCount > 0 || unsent.first?.isSuspect == true }
+    /// Puts what goes to destinations that do not confirm behind everything else: one of them holds up the search once,
+    /// however many suspects go there.
+    ///
+    /// - Parameter tried: So many messages were in flight. They come last, so that another search begins with others.
+    private mutating func putBack(_ stuck: Set<Int>, tried: Int) {
+        let last = unsent.prefix(tried)
+        var (others, untried): (Deque<PendingPublish>, Deque<PendingPublish>) = ([], [])
+        for publish in unsent.dropFirst(tried) {
+            guard publish.isSuspect, stuck.contains(Self.share(of: publish.destination)) else {
+                others.append(publish)
+                continue
+            }
+            publish.isSuspect = false
+            publish.interruptionCount = 0
+            untried.append(publish)
+        }
+        unsent = others + untried + last
+    }
+
+    /// Whether the next connection is to be opened soon, to find a message that ends connections.
+    var retriesSoon: Bool { search.retriesSoon }
 
     /// When the channel must be opened again, if nothing is confirmed before: half of the room is held by messages that no
     /// caller waits for, to destinations of which nothing is confirmed; or suspects go unanswered.
@@ -557,16 +607,16 @@ struct PublishWindow {
             messages > 0 && (messages >= limits.messages / 2 || bytes >= limits.bytes / 2)
         }
         // Callers that give up before a slow broker has answered are no reason.
-        guard isHalf(orphans, orphanBytes) else { return suspectLimit }
+        guard isHalf(orphans, orphanBytes) else { return search.limit }
         var held = (messages: 0, bytes: 0)
         let silent = shares.filter { $0.orphans > 0 && $0.silentSince != nil }
         for share in silent.sorted(by: { $0.silentSince ?? .distantFuture < $1.silentSince ?? .distantFuture }) {
             held.messages += share.orphans
             held.bytes += share.orphanBytes
             guard isHalf(held.messages, held.bytes), let silentSince = share.silentSince else { continue }
-            return min(suspectLimit, silentSince.advanced(by: Self.silenceLimit))
+            return min(search.limit, silentSince.advanced(by: Self.silenceLimit))
         }
-        return suspectLimit
+        return search.limit
     }
 
     /// Whether the channel must be opened again now.
@@ -580,7 +630,7 @@ struct PublishWindow {
         {
             return Self.name(message)
         }
-        return lastUnconfirmed.flatMap { $0.at.advanced(by: .seconds(60)) > now ? $0.destination : nil }
+        return lastUnconfirmed.flatMap { $0.at.advanced(by: .seconds(60)) > now ? $0.name : nil }
     }
 
     /// The key of the default exchange is a queue's name or an address for replies: it is not told.
@@ -594,21 +644,36 @@ struct PublishWindow {
     ///
     /// - Parameters:
     ///   - sentBytes: How much of the stream may have left; what stands behind it has not been written at all.
-    ///   - isRefusal: Whether the broker has closed the connection because of a message.
-    mutating func connectionLost(_ error: EventsError, sentBytes: UInt64, isRefusal: Bool) -> Resumptions {
+    ///   - cause: Whether a message may have ended the connection.
+    mutating func connectionLost(
+        _ error: EventsError, sentBytes: UInt64, cause: AMQPFailure.Cause
+    ) -> Resumptions {
         var resumptions = Resumptions()
         blockedReason = error
         // The next broker may have other limits and permissions.
         refusals = PublishRefusals()
-        var isSuspicious = false
-        for publish in sent where !publish.isSettled && !publish.isAnswered && publish.position < sentBytes {
-            publish.lossCount += 1
-            if publish.lossCount >= Self.lossLimit { isSuspicious = true }
+        let hadSuspects = sent.contains { $0.isSuspect && $0.position < sentBytes }
+        search.connectionLost(isTest: cause != .other && hadSuspects)
+        let taken = takeBack(before: sentBytes, &resumptions)
+        guard cause != .other else { return resumptions }
+        let count = unsent.prefix(taken.count).prefix { $0.position < sentBytes }.count
+        for publish in unsent.prefix(count) { publish.lossCount += 1 }
+        // Where the broker says nothing, only those are suspected that were lost before: the oldest.
+        let suspects =
+            cause == .message ? count : unsent.prefix(count).prefix { $0.lossCount >= Self.lossLimit }.count
+        guard let alone = taken.alone else {
+            suspect(suspects)
+            return resumptions
         }
-        // By its losses alone no message is known to be refused; and only those are suspected that were lost before.
-        let blamed =
-            isRefusal ? error : isSuspicious ? EventsError(.connectionLost, error.message, operation: "publish") : nil
-        takeBack(written: sentBytes, blamed: blamed, minimumLosses: isRefusal ? 0 : Self.lossLimit, &resumptions)
+        if search.endedConnectionAlone(alone, isRefusal: cause == .message) {
+            // By its losses alone no message is known to be refused.
+            let error =
+                cause == .message ? error : EventsError(.connectionLost, error.message, operation: "publish")
+            answer(alone, .failure(taken.wasInDoubt ? unknown(error) : error), &resumptions)
+            dropAnswered(&resumptions)
+        } else {
+            suspect(suspects)
+        }
         return resumptions
     }
 
@@ -618,7 +683,7 @@ struct PublishWindow {
         if case .closed = mode { return resumptions }
         mode = .refusing(error)
         blockedReason = error
-        takeBack(written: .max, blamed: nil, &resumptions)
+        takeBack(&resumptions)
         failAll(error, &resumptions)
         return resumptions
     }
@@ -633,7 +698,7 @@ struct PublishWindow {
     /// The broker takes messages again. It has answered none meanwhile.
     mutating func unblocked(now: MonotonicTime) {
         for index in shares.indices where shares[index].silentSince != nil { shares[index].silentSince = now }
-        if suspectCount > 0 { suspectLimit = now.advanced(by: Self.suspectPatience) }
+        search.unblocked(now: now)
     }
 
     /// Nothing can be written now, and callers wait.
@@ -648,7 +713,7 @@ struct PublishWindow {
         if case .closed = mode { return resumptions }
         let never = EventsError(.unsent, error.message, operation: "publish", underlying: error)
         mode = .closed(never)
-        takeBack(written: .max, blamed: nil, &resumptions)
+        takeBack(&resumptions)
         failAll(never, &resumptions)
         return resumptions
     }
@@ -738,43 +803,48 @@ struct PublishWindow {
         shares[share].orphanBytes += change * publish.size
     }
 
+    /// What was on the wire when a channel or connection ended.
+    private struct TakenBack {
+        /// How many messages are to be written again: the first that are unsent.
+        var count = 0
+        /// How many the broker may have handled.
+        var handledCount = 0
+        /// The first of those.
+        var first: PendingPublish?
+        /// Whether the broker may have taken that one before.
+        var wasInDoubt = false
+
+        /// The message that was in flight alone, if its caller waits.
+        var alone: PendingPublish? { handledCount == 1 && first?.isAnswered == false ? first : nil }
+    }
+
     /// Makes everything that was sent unsent again, in its place. What is settled goes, and what no caller waits for.
     ///
-    /// - Parameters:
-    ///   - written: Up to where the stream may have left.
-    ///   - blamed: Why the broker refused something of it, if it is not known what.
-    ///   - minimumLosses: How often a message was under way at a loss before it is suspected.
-    private mutating func takeBack(
-        written: UInt64, blamed: EventsError?, minimumLosses: Int = 0, _ resumptions: inout Resumptions
-    ) {
-        var suspects = 0
-        var inFlight = 0
-        var wasInDoubt = false
+    /// - Parameter limit: Where in the stream stands what the broker cannot have handled any more.
+    @discardableResult
+    private mutating func takeBack(before limit: UInt64 = .max, _ resumptions: inout Resumptions) -> TakenBack {
+        var taken = TakenBack()
         while let publish = sent.popLast() {
             guard !publish.isSettled else { continue }
-            inFlight += 1
-            wasInDoubt = publish.isInDoubt
-            if publish.position < written { publish.isInDoubt = true }
+            if publish.position < limit {
+                taken.handledCount += 1
+                (taken.first, taken.wasInDoubt) = (publish, publish.isInDoubt)
+                publish.isInDoubt = true
+            }
             publish.isOnWire = false
             publish.isReturned = false
-            // Either they are found guilty now, or another one was.
-            publish.isSuspect = false
             unsent.prepend(publish)
-            if !publish.isAnswered { suspects += 1 }
+            if !publish.isAnswered { taken.count += 1 }
         }
-        (nextTag, settledCount, orphans, orphanBytes, suspectCount) = (1, 0, 0, 0, 0)
-        suspectLimit = .distantFuture
+        (nextTag, settledCount, orphans, orphanBytes) = (1, 0, 0, 0)
+        search.takenBack()
         for index in shares.indices {
-            shares[index] = Share(messages: shares[index].messages, bytes: shares[index].bytes)
+            let share = shares[index]
+            shares[index] = Share(
+                messages: share.messages, bytes: share.bytes, hasConfirmed: share.hasConfirmed && share.written == 0)
         }
         dropAnswered(&resumptions)
-        if let blamed {
-            // Those that were lost most often are the oldest.
-            suspects = unsent.prefix(suspects).prefix { $0.lossCount >= minimumLosses }.count
-            isolate(suspects, isAlone: inFlight == 1, blamed, wasInDoubt: wasInDoubt, &resumptions)
-        }
-        admitWaiting(&resumptions)
-        noteDrained(&resumptions)
+        return taken
     }
 
     /// Takes unsent messages out of the window whose callers have been answered.

@@ -175,13 +175,10 @@ extension RabbitMQConnection {
     func publishingReset(_ now: MonotonicTime) {
         repliesLost(EventsError(.connectionLost, "the channel is opened again", operation: "request"))
         publishingOpensAgain("the broker did not confirm")
-        let (resumptions, destination) = window.withLock { window in
-            let destination = window.unconfirmedDestination(now: now)
-            return (window.channelReset(now: now), destination ?? "")
-        }
+        let (resumptions, destination) = window.withLock { $0.channelReset(now: now) }
         resume(resumptions)
         logger.warning(
             "the broker does not confirm: the channel for publishing is opened again",
-            metadata: ["destination": "\(destination)"])
+            metadata: destination.map { ["destination": "\($0)"] })
     }
 }

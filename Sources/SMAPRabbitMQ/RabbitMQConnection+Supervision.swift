@@ -77,14 +77,14 @@ extension RabbitMQConnection {
     /// - Parameters:
     ///   - sentBytes: How much of its stream may have left.
     ///   - blamed: The request that the broker has closed the connection for.
-    ///   - isRefusal: Whether the broker has closed it for a message.
-    func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?, isRefusal: Bool) {
+    ///   - cause: Whether a message may have ended it.
+    func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?, cause: AMQPFailure.Cause) {
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
-        let (consumers, requests) = shared.withLock { shared in
+        let (consumers, requests, hasStalled) = shared.withLock { shared in
             defer { shared.consumers = [:] }
             // What is in the mailbox is among the requests, and must not be taken twice.
             _ = mailbox.takeAll()
-            return (Array(shared.consumers.values), Array(shared.requests.values))
+            return (Array(shared.consumers.values), Array(shared.requests.values), shared.hasStalled)
         }
         change(to: .recovering, error)
         for consumer in consumers {
@@ -95,7 +95,7 @@ extension RabbitMQConnection {
         repliesLost(error)
         resume(
             window.withLock {
-                $0.connectionLost(error, sentBytes: sentBytes, isRefusal: isRefusal)
+                $0.connectionLost(error, sentBytes: sentBytes, cause: hasStalled ? .other : cause)
             })
         for request in requests.sorted(by: { $0.number < $1.number }) {
             switch request.operation {
@@ -127,6 +127,7 @@ extension RabbitMQConnection {
         let isPermanent = isRefused && !hasOpened
         let (failures, isClosed, openings) = shared.withLock { shared -> (Int, Bool, [Opening]) in
             if shared.state == .closed { return (0, true, []) }
+            shared.hasStalled = false
             // A connection that lasted a second begins the back-off again; one that is closed at once does not.
             if let openedAt = shared.openedAt, openedAt.advanced(by: .seconds(1)) < .now { shared.failures = 0 }
             shared.openedAt = nil
@@ -157,8 +158,8 @@ extension RabbitMQConnection {
         let delay =
             isRefused
             ? configuration.maximumReconnectDelay * Double.random(in: 0.5...1)
-            // While a message is looked for that ends each connection, the others wait.
-            : configuration.backoff.delay(after: wasOpen && window.withLock { $0.isTesting } ? 1 : failures)
+            // While the search for a message that ends connections makes progress, the others wait.
+            : configuration.backoff.delay(after: wasOpen && window.withLock { $0.retriesSoon } ? 1 : failures)
         // The first failure, and each after a pause that a person would notice.
         logger.log(
             level: failures == 1 || delay >= .seconds(1) ? .warning : .info, "no connection",

@@ -37,6 +37,8 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
         /// When the connection that is open now, or was lost a moment ago, was opened.
         var openedAt: MonotonicTime?
         var hasOpened = false
+        /// Whether the watchdog has shut down the socket of the connection that is open now.
+        var hasStalled = false
         /// Failures in a row.
         var failures = 0
         /// When what was declared began to be declared again, while everything waits for it.
@@ -112,6 +114,7 @@ final class RabbitMQConnection: Sendable, PublishReservationOwner {
                 logger.warning(
                     "the connection's thread was away for too long (stallLimit), and its socket is shut down",
                     metadata: ["connection": "\(name)"])
+                self?.shared.withLock { $0.hasStalled = true }
                 self?.change(
                     to: .recovering,
                     EventsError(.connectionLost, "the connection is unresponsive", operation: "connection"))

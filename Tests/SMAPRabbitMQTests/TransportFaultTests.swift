@@ -1191,6 +1191,34 @@ import Waiting
         }
     }
 
+    @Test func `a broker that closes connections for its own reasons costs no message`() async throws {
+        try await withTransport { received, connection in
+            guard received.publish != nil, received.connection <= 5 else { return false }
+            connection.closeConnection(code: 320, text: "CONNECTION_FORCED - broker forced connection closure")
+            return true
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 6)
+        }
+    }
+
+    @Test(arguments: [1, 20])
+    func `a broker that ends each connection at the first message for a while costs no message`(
+        count: Int
+    ) async throws {
+        try await withTransport(
+            FakeBroker.Options(), Settings { $0.maximumReconnectDelay = .milliseconds(50) }
+        ) { received, connection in
+            guard received.publish != nil, received.connection <= 30 else { return false }
+            connection.shut()
+            return true
+        } body: { transport, broker in
+            let ends = await publish((0..<count).map { _ in message() }, over: transport)
+            #expect(counts(ends) == ["routed": count])
+            #expect(broker.acceptedCount == 31)
+        }
+    }
+
     @Test func `a login that takes longer than two heartbeats does not end the connection`() async throws {
         var options = FakeBroker.Options()
         options.heartbeat = 1
