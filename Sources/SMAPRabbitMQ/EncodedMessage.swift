@@ -36,7 +36,20 @@ struct EncodedMessage: Sendable {
     }
 
     /// Throws `invalidEvent` or `eventTooLarge`, naming the field.
-    init(_ message: OutboundMessage) throws {
+    init(_ message: OutboundMessage) throws(EventsError) {
+        do {
+            try self.init(encoding: message)
+        } catch let error as EventsError {
+            throw error
+        } catch {
+            // The checks have missed something. The message is at fault, not the connection, and is not to be tried again.
+            let reason = AMQPFailure.error(from: error, server: "", connecting: false).message
+            throw EventsError(
+                .invalidEvent, "the message to \(message.exchange) cannot be encoded: \(reason)", operation: "publish")
+        }
+    }
+
+    private init(encoding message: OutboundMessage) throws {
         body = message.body
         if case .template(let template, let id, let date) = message.content, id.rawValue.utf8.count == Self.idLength,
             let timestamp = Self.seconds(date)

@@ -112,6 +112,16 @@ import Testing
         #expect(delivery.restored().routingKey == "a.b")
     }
 
+    @Test(arguments: ["abc", "", "-1", "+1", "4294967296", "300 ", "\u{0663}", String(repeating: "1", count: 300)])
+    func `an expiration that no broker has noted is not taken over`(text: String) throws {
+        let delivery = InboundDelivery(
+            tag: 1, exchange: ExchangeName.deadLetters, routingKey: "q", isRedelivered: false,
+            properties: MessageProperties(headers: ["x-smap-expiration": .string(text)]), body: [])
+        #expect(delivery.restored().properties.expiration == nil)
+        let replayed = delivery.restored().copy(to: ExchangeName.requeue, queue: "q", headers: [:], reset: true)
+        #expect(try arrived(replayed).properties.expiration == nil)
+    }
+
     @Test func `bytes that are no table are none`() {
         let whole = Self.table(Self.headers)
         for end in whole.indices {

@@ -39,7 +39,7 @@ extension InboundDelivery {
         guard exchange == ExchangeName.requeue || exchange == ExchangeName.deadLetters else { return self }
         var properties = properties
         properties.userID = text(HistoryHeader.userID)
-        properties.expiration = text(HistoryHeader.expiration)
+        properties.expiration = text(HistoryHeader.expiration).flatMap { Self.isExpiration($0) ? $0 : nil }
         // What another consumer has rejected bears the broker's own record.
         let death = text(HistoryHeader.exchange) == nil ? headerTable?.firstDeath : nil
         return InboundDelivery(
@@ -50,6 +50,14 @@ extension InboundDelivery {
             // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
                 ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
+    }
+
+    /// Whether a broker takes a text as `expiration`. A publisher may have written the header, and a broker closes the
+    /// channel for what is none.
+    private static func isExpiration(_ text: String) -> Bool {
+        (1...10).contains(text.utf8.count)
+            && text.utf8.allSatisfy { (UInt8(ascii: "0")...UInt8(ascii: "9")).contains($0) }
+            && UInt32(text) != nil
     }
 
     /// How often consumers had died with it when this copy was made.

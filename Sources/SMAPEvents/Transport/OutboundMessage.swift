@@ -103,21 +103,15 @@ public struct OutboundMessage: Sendable, Hashable {
     /// headers `CC` and `BCC`, which route a message beyond its key. Throws ``EventsError/Code/invalidEvent`` or
     /// ``EventsError/Code/eventTooLarge``, naming the field.
     ///
-    /// What is copied was taken by a broker before, and is not looked at again.
+    /// Of a copy only the sizes are checked: a broker has taken the original.
     package func validate() throws {
-        if let headerTable {
-            guard headerTable.bytes.count <= Self.headerLimit else {
-                throw EventsError(
-                    .eventTooLarge, "the headers have more than \(Self.headerLimit) bytes", operation: "publish")
-            }
-            return
-        }
+        let isCopy = headerTable != nil
         func check(_ text: String?, _ field: @autoclosure () -> String, limit: Int = 255) throws {
             guard let text else { return }
             guard text.utf8.count <= limit else {
                 throw EventsError(.eventTooLarge, "\(field()) has more than \(limit) bytes", operation: "publish")
             }
-            guard Self.isPlain(text) else {
+            guard isCopy || Self.isPlain(text) else {
                 throw EventsError(.invalidEvent, "\(field()) has a control character", operation: "publish")
             }
         }
@@ -132,8 +126,8 @@ public struct OutboundMessage: Sendable, Hashable {
         try check(properties.contentEncoding, "content_encoding")
         try check(properties.expiration, "expiration")
         try check(properties.userID, "user_id")
-        var size = 0
-        for (name, value) in properties.headers {
+        var size = headerTable?.bytes.count ?? 0
+        for (name, value) in isCopy ? [:] : properties.headers {
             try check(name, "a header's name", limit: 128)
             guard name.lowercased() != "cc", name.lowercased() != "bcc" else {
                 throw EventsError(.invalidEvent, "a header \(name) is not sent", operation: "publish")
