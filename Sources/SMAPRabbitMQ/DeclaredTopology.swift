@@ -9,8 +9,8 @@ final class DeclaredTopology: Sendable {
     private static let limit = 10_000
     /// So many declarations that have failed are tried again at a time: each may close its channel.
     private static let repeatLimit = 32
-    /// A declaration for which the broker has closed the connection is left out for so long.
-    private static let exclusion = Duration.seconds(120)
+    /// A declaration for which the broker has closed the connection is left out for so many stall limits.
+    private static let exclusion = 8
 
     /// Why a declaration is not there.
     private struct Failure {
@@ -91,6 +91,14 @@ final class DeclaredTopology: Sendable {
         }
     }
 
+    /// When something that has failed can be tried again, at `time` at the earliest; nil if nothing can.
+    func repeatTime(notBefore time: MonotonicTime, includingSilent: Bool) -> MonotonicTime? {
+        state.withLock { state in
+            state.failures.values.lazy.filter { includingSilent || !$0.isSilent }
+                .map { max(time, $0.excludedUntil) }.min()
+        }
+    }
+
     /// The bindings that need a queue or exchange.
     func bindings(of operation: BrokerRequest.Operation) -> [BrokerRequest.Operation] {
         state.withLock { state in
@@ -119,7 +127,7 @@ final class DeclaredTopology: Sendable {
                 if error.code == .protocolViolation {
                     failure.excludedUntil = .distantFuture
                 } else if failure.since.advanced(by: limit) <= now {
-                    failure.excludedUntil = now.advanced(by: Self.exclusion)
+                    failure.excludedUntil = now.advanced(by: limit * Self.exclusion)
                 }
             }
             state.failures["\(operation)"] = failure
