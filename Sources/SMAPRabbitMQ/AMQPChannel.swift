@@ -153,8 +153,10 @@ final class AMQPChannel {
 
     /// The methods to send now: none on a channel that is being closed, since the broker would ignore them.
     ///
-    /// - Parameter limit: Until when the first of them must be answered.
-    func takeSteps(limit: MonotonicTime) -> [Step] {
+    /// - Parameters:
+    ///   - limit: Until when the first of them must be answered.
+    ///   - isPipelined: Whether more than one may be in flight.
+    func takeSteps(limit: MonotonicTime, isPipelined: @autoclosure () -> Bool) -> [Step] {
         guard !queued.isEmpty else { return [] }
         switch state {
         case .opening, .open: break
@@ -162,7 +164,8 @@ final class AMQPChannel {
         }
         if awaiting.isEmpty { stepLimit = limit }
         var steps: [Step] = []
-        while awaiting.count < Self.pipelineLimit, let step = queued.popFirst() {
+        let room = isPipelined() ? Self.pipelineLimit : 1
+        while awaiting.count < room, let step = queued.popFirst() {
             guard step.isWanted else { continue }
             awaiting.append(step)
             steps.append(step)
@@ -220,6 +223,16 @@ final class AMQPChannel {
 
     /// The oldest method in flight that a certain reply is for.
     func oldestStep(answeredBy reply: amqp_method_number_t) -> Step? { awaiting.first { $0.reply == reply } }
+
+    /// The oldest declaration in flight, of a caller or of before a loss.
+    var oldestDeclaration: Completion? {
+        awaiting.lazy.map(\.completion).first {
+            switch $0 {
+            case .restored, .request: true
+            default: false
+            }
+        }
+    }
 
     /// Everything that waits for a reply or to be sent, when there will be none.
     func takeAll() -> [Step] {

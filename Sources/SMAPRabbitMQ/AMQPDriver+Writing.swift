@@ -11,7 +11,8 @@ extension AMQPDriver {
     }
 
     func sendSteps(_ channel: AMQPChannel) throws {
-        let steps = channel.takeSteps(limit: answerLimit)
+        let steps = channel.takeSteps(
+            limit: answerLimit, isPipelined: channel !== topology || !connection.topology.isTesting)
         guard !steps.isEmpty else { return }
         stream.append { output in
             for step in steps { output += step.frame }

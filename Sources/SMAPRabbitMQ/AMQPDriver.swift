@@ -307,6 +307,13 @@ final class AMQPDriver: ConnectionDriver {
                 connection.restorationFailed(operation, error, endedConnection: true)
             default: break
             }
+            switch unnamedStepInFlight(error) {
+            case .request(let request):
+                let losses = request.losses.add(1, ordering: .relaxed).newValue
+                if losses >= DeclaredTopology.lossLimit { blamed = request }
+            case .restored(let operation): connection.restorationLost(operation, error)
+            default: break
+            }
             // Without a name, a message is to blame only where there was nothing else.
             let isRefusal = AMQPFailure.isRefusalOfMessage(error, hasRequests: channels.values.contains { !$0.isIdle })
             connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, isRefusal: isRefusal)
@@ -328,6 +335,14 @@ final class AMQPDriver: ConnectionDriver {
         }
         // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
         return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method &+ 1) }.first
+    }
+
+    /// What a connection that has ended without naming a method may have ended for: a channel that crashes in RabbitMQ takes
+    /// it along (541, method 0).
+    private func unnamedStepInFlight(_ error: any Error) -> AMQPChannel.Completion? {
+        guard retiredCount == 0 else { return nil }
+        if case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0 { return nil }
+        return topology.oldestDeclaration
     }
 
     /// Closes the connection in order. A broker that blocks does not read, and would not answer.

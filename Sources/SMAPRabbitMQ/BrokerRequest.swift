@@ -37,6 +37,8 @@ final class BrokerRequest: Sendable {
     let number = BrokerRequest.numbers.add(1, ordering: .relaxed).newValue
     private static let numbers = Atomic<UInt64>(0)
     let waiter = Waiter<Reply>()
+    /// How many connections have ended, naming nothing, while it was the oldest under way.
+    let losses = Atomic<Int>(0)
 
     init(_ operation: Operation, name: String, deadline: MonotonicTime) {
         self.operation = operation

@@ -11,6 +11,8 @@ final class DeclaredTopology: Sendable {
     private static let repeatLimit = 32
     /// A declaration for which the broker has closed the connection is left out for so many stall limits.
     private static let exclusion = 8
+    /// So many connections may end without a reason while the same declaration is the oldest under way: then that is to blame.
+    static let lossLimit = 3
 
     /// Why a declaration is not there.
     private struct Failure {
@@ -32,8 +34,15 @@ final class DeclaredTopology: Sendable {
         var bindings: [QueueBinding: Int] = [:]
         /// By the description of the declaration.
         var failures: [String: Failure] = [:]
+        /// By the description: how many connections have ended, naming nothing, while this was the oldest under way.
+        var losses: [String: Int] = [:]
         var count: Int { exchanges.count + queues.count + bindings.count }
         var lastPosition = 0
+
+        /// What is sent behind all others: it would hold them up, or end the connection before they are answered.
+        func isLast(_ failure: Failure) -> Bool {
+            failure.isSilent || losses["\(failure.operation)", default: 0] >= DeclaredTopology.lossLimit
+        }
 
         /// All declarations, in the order in which they can be repeated.
         var operations: [BrokerRequest.Operation] {
@@ -52,30 +61,30 @@ final class DeclaredTopology: Sendable {
     ) -> [(operation: BrokerRequest.Operation, isAwaited: Bool)] {
         state.withLock { state in
             guard !state.failures.isEmpty else { return state.operations.map { ($0, true) } }
-            var silentQueues: Set<QueueName> = []
-            for failure in state.failures.values where failure.isSilent {
-                if case .declareQueue(let queue) = failure.operation { silentQueues.insert(queue.name) }
+            var lastQueues: Set<QueueName> = []
+            for failure in state.failures.values where state.isLast(failure) {
+                if case .declareQueue(let queue) = failure.operation { lastQueues.insert(queue.name) }
             }
             var current: [(BrokerRequest.Operation, Bool)] = []
-            var silent: [(BrokerRequest.Operation, Bool)] = []
+            var last: [(BrokerRequest.Operation, Bool)] = []
             for operation in state.operations {
                 let failure = state.failures["\(operation)"]
                 guard failure.map({ $0.excludedUntil <= now }) ?? true else { continue }
                 let isAwaited = failure.map { $0.since.advanced(by: limit) > now } ?? true
-                // Behind all others, with its bindings: it would hold them up.
+                // A queue takes its bindings along.
                 let queue: QueueName? =
                     switch operation {
                     case .declareQueue(let queue): queue.name
                     case .bind(let binding): binding.queue
                     default: nil
                     }
-                if failure?.isSilent == true || queue.map(silentQueues.contains) == true {
-                    silent.append((operation, isAwaited && failure == nil && queue.map(silentQueues.contains) != true))
+                if failure.map(state.isLast) == true || queue.map(lastQueues.contains) == true {
+                    last.append((operation, false))
                 } else {
                     current.append((operation, isAwaited))
                 }
             }
-            return current + silent
+            return current + last
         }
     }
 
@@ -130,10 +139,30 @@ final class DeclaredTopology: Sendable {
                     failure.excludedUntil = now.advanced(by: limit * Self.exclusion)
                 }
             }
+            // The broker has answered it.
+            if !endedConnection, !failure.isSilent { state.losses["\(operation)"] = nil }
             state.failures["\(operation)"] = failure
             return known?.error.message != error.message
         }
     }
+
+    /// A connection has ended, naming nothing, while a declaration was the oldest under way. True if that is to blame from now
+    /// on: it is sent as the last one then, and left out for a while when it ends one more.
+    func lost(_ operation: BrokerRequest.Operation, _ error: EventsError, now: MonotonicTime, limit: Duration) -> Bool {
+        state.withLock { state in
+            let losses = state.losses["\(operation)", default: 0] + 1
+            state.losses["\(operation)"] = losses
+            guard losses >= Self.lossLimit else { return false }
+            let known = state.failures["\(operation)"]
+            var failure = Failure(operation: operation, since: known?.since ?? now, error: error, triedAt: now)
+            if losses > Self.lossLimit { failure.excludedUntil = now.advanced(by: limit * Self.exclusion) }
+            state.failures["\(operation)"] = failure
+            return losses == Self.lossLimit
+        }
+    }
+
+    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile.
+    var isTesting: Bool { state.withLock { $0.losses.values.contains { $0 <= Self.lossLimit } } }
 
     var hasFailures: Bool { state.withLock { !$0.failures.isEmpty } }
 
@@ -173,6 +202,7 @@ final class DeclaredTopology: Sendable {
             default: return
             }
             if !state.failures.isEmpty { state.failures["\(operation)"] = nil }
+            if !state.losses.isEmpty { state.losses["\(operation)"] = nil }
         }
     }
 }

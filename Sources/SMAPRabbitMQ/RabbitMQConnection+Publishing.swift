@@ -139,6 +139,7 @@ extension RabbitMQConnection {
     func publishingOpened() {
         set(.failingChannel, nil)
         set(.openingChannel, nil)
+        noteUse()
     }
 
     /// The broker has closed the publishing channel. Returns whether there was anything on it.

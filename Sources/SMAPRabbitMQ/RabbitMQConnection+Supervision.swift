@@ -196,8 +196,17 @@ extension RabbitMQConnection {
 
     /// All of it has been answered, or has had its time.
     func restored() {
-        shared.withLock { $0.restorationBegan = nil }
         set(.restoringTopology, nil)
+        noteUse()
+    }
+
+    /// After the next loss everything waits for the topology anew; not while each connection ends before it is of use.
+    func noteUse() {
+        shared.withLock { shared in
+            let isWaiting = shared.obstacles[.restoringTopology] != nil
+            let isOpening = isForPublishing && shared.obstacles[.openingChannel] != nil
+            if !isWaiting, !isOpening { shared.restorationBegan = nil }
+        }
     }
 
     /// The broker has not declared something again.
@@ -209,7 +218,17 @@ extension RabbitMQConnection {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
         let isNews = topology.failed(
             operation, error, now: .now, limit: configuration.stallLimit, endedConnection: endedConnection)
-        guard isNews else { return }
+        if isNews { logFailure(of: operation, error) }
+    }
+
+    /// A connection has ended, naming nothing, while a declaration was the oldest one under way.
+    func restorationLost(_ operation: BrokerRequest.Operation, _ error: any Error) {
+        let error = AMQPFailure.error(from: error, server: "", connecting: false)
+        let isNews = topology.lost(operation, error, now: .now, limit: configuration.stallLimit)
+        if isNews { logFailure(of: operation, error) }
+    }
+
+    private func logFailure(of operation: BrokerRequest.Operation, _ error: EventsError) {
         logger.warning(
             "a declaration failed after a reconnect, and is tried again",
             metadata: ["declaration": "\(operation)", "reason": "\(error.message)"])

@@ -31,4 +31,76 @@ extension TransportFaultTests {
             )
         }
     }
+
+    @Test(arguments: ["INTERNAL_ERROR", "loss"])
+    func `a declaration that ends each connection without a name is found, and the others are declared`(
+        kind: String
+    ) async throws {
+        let isPoisoned = Mutex(false)
+        try await withTransport { received, connection in
+            guard case .declareQueue("q.4", _) = received.kind, isPoisoned.withLock({ $0 }) else { return false }
+            if kind == "loss" { connection.drop() } else { connection.closeConnection(code: 541, text: kind) }
+            return true
+        } body: { transport, broker in
+            for number in 0..<10 {
+                try await transport.declare(QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+            }
+            #expect(await isConfirmed(over: transport))
+            isPoisoned.withLock { $0 = true }
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            #expect(await transport.health().problems.contains { $0.contains("queue q.4 could not be declared again") })
+            // Three times with others, once as the last one of all, and then no more.
+            try await broker.waitUntil { $0.acceptedCount == 6 }
+            try await broker.waitUntil { broker in
+                let declared = broker.received.compactMap { one -> String? in
+                    if one.connection == 6, case .declareQueue(let name, _) = one.kind { name } else { nil }
+                }
+                return declared == (0..<10).filter { $0 != 4 }.map { "q.\($0)" }
+            }
+            #expect(await isConfirmed(over: transport))
+            let alone = broker.received.filter { $0.connection == 5 }.compactMap { one -> String? in
+                if case .declareQueue(let name, _) = one.kind { name } else { nil }
+            }
+            #expect(alone.count == 10 && alone.last == "q.4")
+            #expect(broker.acceptedCount == 6)
+        }
+    }
+
+    @Test func `a new declaration that ends each connection without a name fails after three`() async throws {
+        try await withTransport { received, connection in
+            guard case .declareQueue("bad", _) = received.kind else { return false }
+            connection.closeConnection(code: 541, text: "INTERNAL_ERROR")
+            return true
+        } body: { transport, broker in
+            #expect(await isConfirmed(over: transport))
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+            }
+            #expect(error?.code == .connectionLost && error?.message.contains("INTERNAL_ERROR") == true)
+            let count = broker.received.count { if case .declareQueue("bad", _) = $0.kind { true } else { false } }
+            #expect(count == 3)
+            #expect(await isConfirmed(over: transport))
+            #expect(broker.acceptedCount == 4)
+        }
+    }
+
+    @Test func `the time in which everything waits does not begin again with each connection that is of no use`()
+        async throws
+    {
+        try await withTransport { _, _ in
+            false
+        } body: { transport, _ in
+            #expect(await isConfirmed(over: transport))
+            let connection = try transport.publishConnection
+            let limit = connection.restoring(1)
+            connection.set(.openingChannel, EventsError(.connectionLost, "not open yet", operation: "test"))
+            connection.restored()
+            #expect(connection.restoring(1) == limit)
+            connection.restored()
+            connection.publishingOpened()
+            #expect(connection.restoring(1) > limit)
+            connection.restored()
+        }
+    }
 }
