@@ -124,7 +124,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         get throws { try connection(publishing, name: "publish", isForPublishing: true) }
     }
 
-    private var consumeConnection: RabbitMQConnection {
+    var consumeConnection: RabbitMQConnection {
         get throws {
             guard !isClosing.load(ordering: .relaxed) else {
                 throw EventsError(.closed, "the transport is closed", operation: "consume")
