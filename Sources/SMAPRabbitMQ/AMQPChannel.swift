@@ -77,11 +77,16 @@ final class AMQPChannel {
         let routingKey: String
         var properties = MessageProperties()
         var headers: HeaderTable?
+        var rawTexts: [String: [UInt8]] = [:]
         var expected: UInt64?
         var received: UInt64 = 0
         var body: [UInt8] = []
         /// Whether the body is not kept: it is too large, or it is not needed.
         var dropsBody = false
+
+        mutating func take(_ received: (properties: MessageProperties, rawTexts: [String: [UInt8]])) {
+            (properties, rawTexts) = received
+        }
     }
 
     /// So many methods may be in flight. A channel answers in order, and an error concerns the oldest that is not answered,

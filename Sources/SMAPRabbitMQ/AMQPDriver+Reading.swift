@@ -61,7 +61,7 @@ extension AMQPDriver {
             guard let channel = channels[frame.channel], channel.assembly != nil else { return }
             let (size, properties) = try decoder.header(frame)
             channel.assembly?.expected = size
-            channel.assembly?.properties = Self.properties(properties)
+            channel.assembly?.take(Self.properties(properties))
             if case .delivery = channel.assembly?.kind { channel.assembly?.headers = Self.headerTable(frame.payload) }
             if size > UInt64(connection.configuration.maximumBodySize) { channel.assembly?.dropsBody = true }
             if channel.assembly?.dropsBody == false { channel.assembly?.body.reserveCapacity(Int(size)) }
@@ -216,7 +216,7 @@ extension AMQPDriver {
         InboundDelivery(
             tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey, isRedelivered: isRedelivered,
             properties: assembly.properties, body: assembly.body, isTruncated: assembly.dropsBody,
-            headerTable: assembly.headers)
+            headerTable: assembly.headers, rawTexts: assembly.rawTexts)
     }
 
     /// Gives consumers what one read has brought them, under one lock each.

@@ -46,7 +46,7 @@ extension InboundDelivery {
             tag: tag, exchange: text(HistoryHeader.exchange) ?? death?.exchange ?? exchange,
             routingKey: text(HistoryHeader.routingKey) ?? death?.routingKey ?? properties.type ?? routingKey,
             isRedelivered: isRedelivered, properties: properties, body: body, receivedAt: receivedAt,
-            isTruncated: isTruncated, headerTable: headerTable,
+            isTruncated: isTruncated, headerTable: headerTable, rawTexts: rawTexts,
             // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
                 ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0)
@@ -88,7 +88,7 @@ extension InboundDelivery {
         return InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
             body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: headerTable,
-            failedAttempts: count)
+            rawTexts: rawTexts, failedAttempts: count)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.
@@ -124,7 +124,8 @@ extension InboundDelivery {
             table.set(name, value)
         }
         return OutboundMessage(
-            copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, body: body)
+            copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, rawTexts: rawTexts,
+            body: body)
     }
 
     /// What a copy says of the failures so far.
