@@ -157,6 +157,8 @@ extension AMQPDriver {
             let ok = try MethodEncoder.frame(
                 AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
             stream.append { $0 += ok }
+            // Once: what comes on this number from here on is ignored, until it is opened again.
+            channels[channel.number] = nil
             silenceEnded()
         case AMQP_CHANNEL_CLOSE_OK_METHOD:
             channels[channel.number] = nil

@@ -96,4 +96,23 @@ extension TransportFaultTests {
             #expect(broker.acceptedCount == 1)
         }
     }
+
+    @Test func `a channel that was given up is closed once, however often the broker closes it`() async throws {
+        let isMute = Mutex(true)
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
+            if case .declareQueue("bad", _) = received.kind { return isMute.withLock { $0 } }
+            if case .channelClose = received.kind { return received.channel == 1 }
+            return false
+        } body: { transport, broker in
+            await #expect(throws: EventsError.self) {
+                try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+            }
+            isMute.withLock { $0 = false }
+            for _ in 0..<100 { broker.connections[0].closeChannel(1, code: 541, text: "INTERNAL_ERROR") }
+            #expect(await isConfirmed(over: transport))
+            let answers = broker.received.count { if case .channelCloseOK = $0.kind { $0.channel == 1 } else { false } }
+            #expect(answers == 1)
+            #expect(broker.acceptedCount == 1)
+        }
+    }
 }
