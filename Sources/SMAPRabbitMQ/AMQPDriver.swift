@@ -327,14 +327,16 @@ final class AMQPDriver: ConnectionDriver {
         stream.close()
     }
 
-    /// The step that the broker has closed the connection for: the oldest of its method that is in flight.
+    /// The step that the broker has closed the connection for: the oldest of its method that is in flight. Nil if there are such
+    /// steps on several channels: the broker does not say on which.
     private func stepInFlight(_ error: any Error) -> AMQPChannel.Step? {
         // It may concern a method on a channel that was given up: then no other one is to blame.
         guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0, retiredCount == 0 else {
             return nil
         }
         // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
-        return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method &+ 1) }.first
+        let candidates = channels.values.compactMap { $0.oldestStep(answeredBy: method &+ 1) }
+        return candidates.count == 1 ? candidates[0] : nil
     }
 
     /// What a connection that has ended without naming a method may have ended for: a channel that crashes in RabbitMQ takes

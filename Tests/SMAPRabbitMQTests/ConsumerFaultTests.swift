@@ -115,4 +115,30 @@ extension TransportFaultTests {
             #expect(broker.acceptedCount == 1)
         }
     }
+
+    @Test func `of two consumers that are begun when the broker closes the connection neither is blamed`() async throws
+    {
+        try await withTransport { received, connection in
+            guard Self.isConsume(received) else { return false }
+            let isSecond = connection.consumers(channel: 2).count + connection.consumers(channel: 3).count == 2
+            if isSecond { connection.closeConnection(code: 530, text: "NOT_ALLOWED", classID: 60, methodID: 20) }
+            return true
+        } body: { transport, broker in
+            // The channels are opened one after the other.
+            try await transport.status(of: "q", deadline: soon())
+            let codes = await withTaskGroup(of: EventsError.Code?.self) { group in
+                for _ in 0..<2 {
+                    group.addTask {
+                        do {
+                            try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) { _ in }
+                            return nil
+                        } catch { return (error as? EventsError)?.code }
+                    }
+                }
+                return await group.reduce(into: []) { $0.append($1) }
+            }
+            #expect(codes == [.connectionLost, .connectionLost])
+        }
+    }
+
 }
