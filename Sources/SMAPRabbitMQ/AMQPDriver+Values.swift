@@ -68,7 +68,8 @@ extension AMQPDriver {
     /// class basic). The library has decoded it before.
     static func headerTable(_ payload: UnsafeRawBufferPointer) -> HeaderTable? {
         let flags = amqp_flags_t(payload.bigEndian(at: 12, as: UInt16.self))
-        guard flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0 else { return nil }
+        // The lowest bit: another word of flags follows, which no property of this class needs.
+        guard flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0, flags & 1 == 0 else { return nil }
         var position = 14
         for flag in [AMQP_BASIC_CONTENT_TYPE_FLAG, AMQP_BASIC_CONTENT_ENCODING_FLAG]
         where flags & amqp_flags_t(flag) != 0 {

@@ -169,6 +169,15 @@ import Testing
         #expect(texts.properties.contentType == "text/plain" && texts.rawTexts.isEmpty)
     }
 
+    @Test func `headers behind more than one word of flags are read where they are`() throws {
+        let table = Self.table([("h", [0x74, 1])])
+        // The lowest bit: another word of flags follows.
+        let payload: [UInt8] =
+            [0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 1, 0, 0] + [0, 0, 0, UInt8(table.count)] + table
+        let copy = try arrived(try received(payload).copy(to: "x", queue: "q", headers: [:]))
+        #expect(copy.properties.headers["h"] == .boolean(true))
+    }
+
     @Test(arguments: ["abc", "", "-1", "+1", "4294967296", "300 ", "\u{0663}", String(repeating: "1", count: 300)])
     func `an expiration that no broker has noted is not taken over`(text: String) throws {
         let delivery = InboundDelivery(
