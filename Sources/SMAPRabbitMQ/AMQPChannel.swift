@@ -262,6 +262,9 @@ extension AMQPChannel.Step {
         return AMQPChannel.Step(reply: reply, frame: frame, completion: completion)
     }
 
+    /// Whether a caller has asked for it.
+    var isRequested: Bool { if case .request = completion { true } else { false } }
+
     /// Whether the channel cannot be used without it.
     var isPartOfOpening: Bool { if case .opening = completion { true } else { false } }
 }

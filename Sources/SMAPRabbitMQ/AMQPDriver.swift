@@ -253,6 +253,8 @@ final class AMQPDriver: ConnectionDriver {
             }
             topology = AMQPChannel(number: number, role: .topology)
             let failed = steps.removeFirst()
+            // What callers wait for goes first: the broker may leave more of the others unanswered.
+            steps = steps.filter(\.isRequested) + steps.filter { !$0.isRequested }
             for step in steps where try !givesUp(step, error) { topology.enqueue(step.moved(to: number)) }
             try complete(failed, on: topology, .failure(error))
             try open(topology)

@@ -103,4 +103,36 @@ extension TransportFaultTests {
             connection.restored()
         }
     }
+
+    @Test func `a new declaration waits for one that the broker does not answer, and not for each`() async throws {
+        let isMute = Mutex(false)
+        let silent = SilentChannels()
+        try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
+            silent.contains(received) {
+                if case .declareQueue(let name, _) = received.kind {
+                    name.hasPrefix("bad") && isMute.withLock { $0 }
+                } else {
+                    false
+                }
+            }
+        } body: { transport, broker in
+            for number in 0..<5 {
+                try await transport.declare(QueueDeclaration(try QueueName("bad.\(number)")), deadline: soon())
+            }
+            #expect(await isConfirmed(over: transport))
+            isMute.withLock { $0 = true }
+            broker.connections[0].drop()
+            try await broker.waitUntil { broker in
+                broker.received.contains {
+                    if $0.connection == 2, case .declareQueue("bad.0", _) = $0.kind { true } else { false }
+                }
+            }
+            try await transport.declare(QueueDeclaration("new"), deadline: soon())
+            let channels = broker.received.compactMap { one -> UInt16? in
+                if case .declareQueue("new", _) = one.kind { one.channel } else { nil }
+            }
+            // Behind the first that is not answered, and on the next channel.
+            #expect(channels.count <= 2, "\(channels)")
+        }
+    }
 }
