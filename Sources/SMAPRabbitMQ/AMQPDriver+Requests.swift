@@ -152,7 +152,7 @@ extension AMQPDriver {
             connection.remove(consumer)
             answer(request, .success(.done))
         case (let operation, .success(let method)):
-            connection.topology.insert(operation)
+            connection.declared(operation)
             guard method.id == AMQP_QUEUE_DECLARE_OK_METHOD,
                 let ok = method.decoded?.load(as: amqp_queue_declare_ok_t.self)
             else { return answer(request, .success(.done)) }

@@ -58,7 +58,7 @@ extension AMQPDriver {
         switch result {
         case .success:
             let wasMissing = connection.topology.isMissing(operation)
-            connection.topology.insert(operation)
+            connection.declared(operation)
             // Their own repetitions may have come before, and failed for its lack.
             if wasMissing {
                 for binding in connection.topology.bindings(of: operation) where try enqueueRestoration(of: binding) {

@@ -6,7 +6,7 @@ internal import Synchronization
 /// is forgotten; what cannot be declared again is kept with the reason.
 final class DeclaredTopology: Sendable {
     /// A service that makes up names must not make memory grow; what is beyond is not restored.
-    private static let limit = 10_000
+    let limit: Int
     /// So many declarations that have failed are tried again at a time: each may close its channel.
     private static let repeatLimit = 32
     /// A declaration for which the broker has closed the connection is left out for so many stall limits.
@@ -38,6 +38,8 @@ final class DeclaredTopology: Sendable {
         var losses: [String: Int] = [:]
         var count: Int { exchanges.count + queues.count + bindings.count }
         var lastPosition = 0
+        /// Whether something was beyond the limit.
+        var isOverLimit = false
 
         /// What is sent behind all others: it would hold them up, or end the connection before they are answered.
         func isLast(_ failure: Failure) -> Bool {
@@ -53,6 +55,8 @@ final class DeclaredTopology: Sendable {
     }
 
     private let state = Mutex(State())
+
+    init(limit: Int = 10_000) { self.limit = limit }
 
     /// What is to be declared again on a new connection, in order, and what everything else waits for: not for what has been
     /// failing for longer than `limit`.
@@ -179,30 +183,35 @@ final class DeclaredTopology: Sendable {
         return texts.count > 3 ? texts.prefix(3) + ["topology: \(texts.count - 3) more declarations"] : texts
     }
 
-    /// Remembers what was declared, once the broker has it.
-    func insert(_ operation: BrokerRequest.Operation) {
+    /// Remembers what was declared, once the broker has it. True for the first that is beyond the limit, and not remembered.
+    func insert(_ operation: BrokerRequest.Operation) -> Bool {
         state.withLock { state in
+            let isKnown =
+                switch operation {
+                case .declareExchange(let exchange): state.exchanges[exchange.name] != nil
+                case .declareQueue(let queue): state.queues[queue.name] != nil
+                case .bind(let binding): state.bindings[binding] != nil
+                default: true
+                }
+            guard isKnown || state.count < limit else {
+                defer { state.isOverLimit = true }
+                return !state.isOverLimit
+            }
             state.lastPosition += 1
-            let isFull = state.count >= Self.limit
             switch operation {
             case .declareExchange(let exchange):
-                guard let known = state.exchanges[exchange.name] else {
-                    if !isFull { state.exchanges[exchange.name] = (state.lastPosition, exchange) }
-                    break
-                }
-                state.exchanges[exchange.name] = (known.position, exchange)
+                let position = state.exchanges[exchange.name]?.position ?? state.lastPosition
+                state.exchanges[exchange.name] = (position, exchange)
             case .declareQueue(let queue):
-                guard let known = state.queues[queue.name] else {
-                    if !isFull { state.queues[queue.name] = (state.lastPosition, queue) }
-                    break
-                }
-                state.queues[queue.name] = (known.position, queue)
+                let position = state.queues[queue.name]?.position ?? state.lastPosition
+                state.queues[queue.name] = (position, queue)
             case .bind(let binding):
-                if state.bindings[binding] == nil, !isFull { state.bindings[binding] = state.lastPosition }
-            default: return
+                if !isKnown { state.bindings[binding] = state.lastPosition }
+            default: return false
             }
             if !state.failures.isEmpty { state.failures["\(operation)"] = nil }
             if !state.losses.isEmpty { state.losses["\(operation)"] = nil }
+            return false
         }
     }
 }

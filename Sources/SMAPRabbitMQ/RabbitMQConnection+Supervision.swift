@@ -179,6 +179,14 @@ extension RabbitMQConnection {
 
     // MARK: The topology
 
+    /// The broker has a declaration.
+    func declared(_ operation: BrokerRequest.Operation) {
+        guard topology.insert(operation) else { return }
+        logger.warning(
+            "too many declarations: from this one on they are not declared again after a reconnect",
+            metadata: ["limit": "\(topology.limit)", "declaration": "\(operation)"])
+    }
+
     /// What was declared before a loss is being declared again, before anything is published. Returns until when everything
     /// waits for it, on whichever connection it ends.
     func restoring(_ count: Int) -> MonotonicTime {

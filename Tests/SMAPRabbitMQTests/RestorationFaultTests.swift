@@ -104,6 +104,46 @@ extension TransportFaultTests {
         }
     }
 
+    /// Notes warnings.
+    private struct Recorder: LogHandler {
+        let warnings: LogRecord
+        var logLevel = Logger.Level.warning
+        var metadata: Logger.Metadata = [:]
+
+        subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+            get { metadata[key] }
+            set { metadata[key] = newValue }
+        }
+
+        func log(event: LogEvent) {
+            warnings.texts.withLock { $0.append("\(event.message) \(event.metadata ?? [:])") }
+        }
+    }
+
+    private final class LogRecord: Sendable {
+        let texts = Mutex<[String]>([])
+    }
+
+    @Test func `a log says once that there are more declarations than are kept`() async throws {
+        try await FakeBroker.withBroker { broker in
+            let record = LogRecord()
+            let transport = try RabbitMQTransport(
+                configuration: RabbitMQConfiguration(host: "127.0.0.1", port: broker.port),
+                logger: Logger(label: "test") { _ in Recorder(warnings: record) }, topology: DeclaredTopology(limit: 3))
+            // The first ones are kept, and declared again without a word.
+            for number in [0, 1, 2, 0, 1, 2] {
+                try await transport.declare(QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+            }
+            #expect(record.texts.withLock { $0 }.isEmpty)
+            for number in 3...5 {
+                try await transport.declare(QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+            }
+            let texts = record.texts.withLock { $0 }
+            #expect(texts.count == 1 && texts.first?.contains("queue q.3") == true, "\(texts)")
+            await transport.close(timeout: .milliseconds(200))
+        }
+    }
+
     @Test func `a new declaration waits for one that the broker does not answer, and not for each`() async throws {
         let isMute = Mutex(false)
         let silent = SilentChannels()
@@ -135,4 +175,5 @@ extension TransportFaultTests {
             #expect(channels.count <= 2, "\(channels)")
         }
     }
+
 }
