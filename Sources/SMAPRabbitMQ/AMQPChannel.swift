@@ -77,11 +77,16 @@ final class AMQPChannel {
         let routingKey: String
         var properties = MessageProperties()
         var headers: HeaderTable?
+        var rawTexts: [String: [UInt8]] = [:]
         var expected: UInt64?
         var received: UInt64 = 0
         var body: [UInt8] = []
         /// Whether the body is not kept: it is too large, or it is not needed.
         var dropsBody = false
+
+        mutating func take(_ received: (properties: MessageProperties, rawTexts: [String: [UInt8]])) {
+            (properties, rawTexts) = received
+        }
     }
 
     /// So many methods may be in flight. A channel answers in order, and an error concerns the oldest that is not answered,
@@ -98,6 +103,8 @@ final class AMQPChannel {
     var isWidening = false
     /// Those who want its consumer stopped, who wait for that.
     var stops: [BrokerRequest] = []
+    /// Those who wait until the settlements of its consumer are out.
+    var flushes: [BrokerRequest] = []
     /// Whether its consumer is to be stopped, or is.
     var isStopped = false
     /// How often in a row it was closed before anything was done on it.
@@ -153,8 +160,10 @@ final class AMQPChannel {
 
     /// The methods to send now: none on a channel that is being closed, since the broker would ignore them.
     ///
-    /// - Parameter limit: Until when the first of them must be answered.
-    func takeSteps(limit: MonotonicTime) -> [Step] {
+    /// - Parameters:
+    ///   - limit: Until when the first of them must be answered.
+    ///   - isPipelined: Whether more than one may be in flight.
+    func takeSteps(limit: MonotonicTime, isPipelined: @autoclosure () -> Bool) -> [Step] {
         guard !queued.isEmpty else { return [] }
         switch state {
         case .opening, .open: break
@@ -162,7 +171,8 @@ final class AMQPChannel {
         }
         if awaiting.isEmpty { stepLimit = limit }
         var steps: [Step] = []
-        while awaiting.count < Self.pipelineLimit, let step = queued.popFirst() {
+        let room = isPipelined() ? Self.pipelineLimit : 1
+        while awaiting.count < room, let step = queued.popFirst() {
             guard step.isWanted else { continue }
             awaiting.append(step)
             steps.append(step)
@@ -221,6 +231,16 @@ final class AMQPChannel {
     /// The oldest method in flight that a certain reply is for.
     func oldestStep(answeredBy reply: amqp_method_number_t) -> Step? { awaiting.first { $0.reply == reply } }
 
+    /// The oldest declaration in flight, of a caller or of before a loss.
+    var oldestDeclaration: Completion? {
+        awaiting.lazy.map(\.completion).first {
+            switch $0 {
+            case .restored, .request: true
+            default: false
+            }
+        }
+    }
+
     /// Everything that waits for a reply or to be sent, when there will be none.
     func takeAll() -> [Step] {
         defer {
@@ -243,6 +263,9 @@ extension AMQPChannel.Step {
         frame[2] = UInt8(channel & 0xFF)
         return AMQPChannel.Step(reply: reply, frame: frame, completion: completion)
     }
+
+    /// Whether a caller has asked for it.
+    var isRequested: Bool { if case .request = completion { true } else { false } }
 
     /// Whether the channel cannot be used without it.
     var isPartOfOpening: Bool { if case .opening = completion { true } else { false } }

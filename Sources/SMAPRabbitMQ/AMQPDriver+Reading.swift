@@ -61,7 +61,7 @@ extension AMQPDriver {
             guard let channel = channels[frame.channel], channel.assembly != nil else { return }
             let (size, properties) = try decoder.header(frame)
             channel.assembly?.expected = size
-            channel.assembly?.properties = Self.properties(properties)
+            channel.assembly?.take(Self.properties(properties))
             if case .delivery = channel.assembly?.kind { channel.assembly?.headers = Self.headerTable(frame.payload) }
             if size > UInt64(connection.configuration.maximumBodySize) { channel.assembly?.dropsBody = true }
             if channel.assembly?.dropsBody == false { channel.assembly?.body.reserveCapacity(Int(size)) }
@@ -157,6 +157,8 @@ extension AMQPDriver {
             let ok = try MethodEncoder.frame(
                 AMQP_CHANNEL_CLOSE_OK_METHOD, on: channel.number, amqp_channel_close_ok_t())
             stream.append { $0 += ok }
+            // Once: what comes on this number from here on is ignored, until it is opened again.
+            channels[channel.number] = nil
             silenceEnded()
         case AMQP_CHANNEL_CLOSE_OK_METHOD:
             channels[channel.number] = nil
@@ -216,7 +218,7 @@ extension AMQPDriver {
         InboundDelivery(
             tag: tag, exchange: assembly.exchange, routingKey: assembly.routingKey, isRedelivered: isRedelivered,
             properties: assembly.properties, body: assembly.body, isTruncated: assembly.dropsBody,
-            headerTable: assembly.headers)
+            headerTable: assembly.headers, rawTexts: assembly.rawTexts)
     }
 
     /// Gives consumers what one read has brought them, under one lock each.
@@ -280,6 +282,7 @@ extension AMQPDriver {
                 try complete(step, on: channel, .failure(error))
             }
             answerStops(channel)
+            failFlushes(channel)
             if case .request(let request) = closing?.completion { answer(request, .success(.done)) }
             consumer.fail(EventsError(code, text, operation: "consume from \(consumer.queue)"))
         }

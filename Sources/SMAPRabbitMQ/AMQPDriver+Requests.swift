@@ -11,6 +11,11 @@ extension AMQPDriver {
         do {
             switch request.operation {
             case .consume(let consumer): try beginConsuming(consumer, request)
+            case .flushSettlements(let consumer):
+                guard let channel = channel(of: consumer), !channel.isClosing else {
+                    return answer(request, .failure(consumerEnded(request)))
+                }
+                channel.flushes.append(request)
             case .stopConsumer(let consumer): try stop(consumer, request)
             case .closeConsumer(let consumer): try close(consumer, request)
             case .consumeReplies: try beginConsumingReplies(request)
@@ -83,7 +88,7 @@ extension AMQPDriver {
             method.exchange = arena.bytes(binding.exchange)
             method.routing_key = arena.bytes(binding.routingKey)
             return try step(AMQP_QUEUE_BIND_METHOD, reply: AMQP_QUEUE_BIND_OK_METHOD, method)
-        case .consume, .stopConsumer, .closeConsumer, .consumeReplies:
+        case .consume, .flushSettlements, .stopConsumer, .closeConsumer, .consumeReplies:
             throw AMQPFailure.unexpected("no method of the topology channel")
         }
     }
@@ -152,7 +157,7 @@ extension AMQPDriver {
             connection.remove(consumer)
             answer(request, .success(.done))
         case (let operation, .success(let method)):
-            connection.topology.insert(operation)
+            connection.declared(operation)
             guard method.id == AMQP_QUEUE_DECLARE_OK_METHOD,
                 let ok = method.decoded?.load(as: amqp_queue_declare_ok_t.self)
             else { return answer(request, .success(.done)) }
@@ -256,6 +261,31 @@ extension AMQPDriver {
         channel.stops = []
     }
 
+    /// The settlements of a channel are out: a method behind them is answered after the broker has taken them in. The prefetch
+    /// concerns only consumers that begin later.
+    func sendFlushes(of consumer: Consumer, on channel: AMQPChannel) throws {
+        guard !channel.flushes.isEmpty else { return }
+        var qos = amqp_basic_qos_t()
+        qos.prefetch_count = UInt16(clamping: consumer.prefetch)
+        let frame = try MethodEncoder.frame(AMQP_BASIC_QOS_METHOD, on: channel.number, qos)
+        for request in channel.flushes {
+            channel.enqueue(
+                AMQPChannel.Step(reply: AMQP_BASIC_QOS_OK_METHOD, frame: frame, completion: .request(request)))
+        }
+        channel.flushes = []
+        try sendSteps(channel)
+    }
+
+    /// The channel is gone, or closed from here on.
+    func failFlushes(_ channel: AMQPChannel) {
+        for request in channel.flushes { answer(request, .failure(consumerEnded(request))) }
+        channel.flushes = []
+    }
+
+    private func consumerEnded(_ request: BrokerRequest) -> EventsError {
+        EventsError(.connectionLost, "the consumer has ended", operation: request.name)
+    }
+
     private func cancelStep(
         _ channel: AMQPChannel, _ completion: AMQPChannel.Completion
     ) throws -> AMQPChannel.Step {
@@ -305,6 +335,7 @@ extension AMQPDriver {
             return
         }
         if channel.isOpen { sendSettlements(of: consumer, on: channel, isLast: true) }
+        failFlushes(channel)
         try beginClosing(channel, .request(request))
     }
 }

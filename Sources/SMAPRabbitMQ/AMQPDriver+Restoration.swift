@@ -37,7 +37,7 @@ extension AMQPDriver {
             if try enqueueRestoration(of: operation), isAwaited { restoration.awaited.insert("\(operation)") }
         }
         if restoration.isAwaited { restoration.limit = connection.restoring(restoration.awaited.count) }
-        if restoration.pendingCount > 0 { try open(topology) }
+        if restoration.pendingCount > 0 { try open(topology) } else { planRepeat() }
     }
 
     /// False if the broker would end the connection for it: this node takes smaller frames than the one before.
@@ -58,7 +58,7 @@ extension AMQPDriver {
         switch result {
         case .success:
             let wasMissing = connection.topology.isMissing(operation)
-            connection.topology.insert(operation)
+            connection.declared(operation)
             // Their own repetitions may have come before, and failed for its lack.
             if wasMissing {
                 for binding in connection.topology.bindings(of: operation) where try enqueueRestoration(of: binding) {
@@ -82,13 +82,22 @@ extension AMQPDriver {
 
     private func answered(_ operation: BrokerRequest.Operation, isFinal: Bool) {
         if isFinal, restoration.awaited.remove("\(operation)") != nil, !restoration.isAwaited { connection.restored() }
+        planRepeat()
+    }
+
+    /// Once all are answered: sets when those that have failed are tried again.
+    private func planRepeat() {
         guard restoration.pendingCount == 0, connection.topology.hasFailures else { return }
         let stallLimit = connection.configuration.stallLimit
         let pause =
             restoration.isAwaited
             ? Self.quickRepeat.delay(after: restoration.repeatCount + 1)
             : min(stallLimit * (1 << min(restoration.repeatCount, 5)), stallLimit * 20)
-        restoration.repeatTime = MonotonicTime.now.advanced(by: pause)
+        // What is left out for a while is tried when that is over.
+        restoration.repeatTime =
+            connection.topology.repeatTime(
+                notBefore: MonotonicTime.now.advanced(by: pause), includingSilent: restoration.includesSilent)
+            ?? .distantFuture
     }
 
     /// Ends the waiting when its time is over, and tries again what has failed when its time has come.
@@ -108,10 +117,13 @@ extension AMQPDriver {
         for operation in failed { _ = try enqueueRestoration(of: operation) }
         if restoration.pendingCount > 0 {
             if case .closed = topology.state { try open(topology) }
-        } else if isAwaited {
-            // The other connection has declared it meanwhile.
-            restoration.awaited = []
-            connection.restored()
+        } else {
+            if isAwaited {
+                // The other connection has declared it meanwhile.
+                restoration.awaited = []
+                connection.restored()
+            }
+            planRepeat()
         }
     }
 

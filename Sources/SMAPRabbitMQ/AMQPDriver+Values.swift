@@ -28,17 +28,27 @@ extension AMQPDriver {
         }
     }
 
-    static func properties(_ raw: amqp_basic_properties_t) -> MessageProperties {
-        func text(_ flag: Int32, _ value: amqp_bytes_t) -> String? {
-            raw._flags & amqp_flags_t(flag) != 0 ? string(value) : nil
+    /// The properties, and as they came those that are no UTF-8; but for `expiration` and `user_id`, which brokers look at.
+    static func properties(
+        _ raw: amqp_basic_properties_t
+    ) -> (properties: MessageProperties, rawTexts: [String: [UInt8]]) {
+        var rawTexts: [String: [UInt8]] = [:]
+        func text(_ flag: Int32, _ value: amqp_bytes_t, _ name: StaticString? = nil) -> String? {
+            guard raw._flags & amqp_flags_t(flag) != 0 else { return nil }
+            let text = string(value)
+            // Sound: as in `string`.
+            let bytes = UnsafeRawBufferPointer(start: value.bytes, count: value.len)
+            if let name, !text.utf8.elementsEqual(bytes) { rawTexts["\(name)"] = Array(bytes) }
+            return text
         }
         var properties = MessageProperties(
-            contentType: text(AMQP_BASIC_CONTENT_TYPE_FLAG, raw.content_type),
-            messageID: text(AMQP_BASIC_MESSAGE_ID_FLAG, raw.message_id), type: text(AMQP_BASIC_TYPE_FLAG, raw.type),
-            appID: text(AMQP_BASIC_APP_ID_FLAG, raw.app_id),
-            correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id),
-            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to),
-            contentEncoding: text(AMQP_BASIC_CONTENT_ENCODING_FLAG, raw.content_encoding),
+            contentType: text(AMQP_BASIC_CONTENT_TYPE_FLAG, raw.content_type, "content_type"),
+            messageID: text(AMQP_BASIC_MESSAGE_ID_FLAG, raw.message_id, "message_id"),
+            type: text(AMQP_BASIC_TYPE_FLAG, raw.type, "type"),
+            appID: text(AMQP_BASIC_APP_ID_FLAG, raw.app_id, "app_id"),
+            correlationID: text(AMQP_BASIC_CORRELATION_ID_FLAG, raw.correlation_id, "correlation_id"),
+            replyTo: text(AMQP_BASIC_REPLY_TO_FLAG, raw.reply_to, "reply_to"),
+            contentEncoding: text(AMQP_BASIC_CONTENT_ENCODING_FLAG, raw.content_encoding, "content_encoding"),
             priority: raw._flags & amqp_flags_t(AMQP_BASIC_PRIORITY_FLAG) != 0 ? raw.priority : nil,
             expiration: text(AMQP_BASIC_EXPIRATION_FLAG, raw.expiration),
             userID: text(AMQP_BASIC_USER_ID_FLAG, raw.user_id))
@@ -51,14 +61,15 @@ extension AMQPDriver {
                 if let value = headerValue(entry.value) { properties.headers[string(entry.key)] = value }
             }
         }
-        return properties
+        return (properties, rawTexts)
     }
 
     /// The headers in the payload of a header frame, which stand behind `content_type` and `content_encoding` (AMQP 0-9-1,
     /// class basic). The library has decoded it before.
     static func headerTable(_ payload: UnsafeRawBufferPointer) -> HeaderTable? {
         let flags = amqp_flags_t(payload.bigEndian(at: 12, as: UInt16.self))
-        guard flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0 else { return nil }
+        // The lowest bit: another word of flags follows, which no property of this class needs.
+        guard flags & amqp_flags_t(AMQP_BASIC_HEADERS_FLAG) != 0, flags & 1 == 0 else { return nil }
         var position = 14
         for flag in [AMQP_BASIC_CONTENT_TYPE_FLAG, AMQP_BASIC_CONTENT_ENCODING_FLAG]
         where flags & amqp_flags_t(flag) != 0 {

@@ -11,7 +11,8 @@ extension AMQPDriver {
     }
 
     func sendSteps(_ channel: AMQPChannel) throws {
-        let steps = channel.takeSteps(limit: answerLimit)
+        let steps = channel.takeSteps(
+            limit: answerLimit, isPipelined: channel !== topology || !connection.topology.isTesting)
         guard !steps.isEmpty else { return }
         stream.append { output in
             for step in steps { output += step.frame }
@@ -23,6 +24,9 @@ extension AMQPDriver {
             guard case .consuming(let consumer) = channel.role, channel.isOpen else { continue }
             if consumer.beginsWidening() { try widen(consumer, on: channel) }
             sendSettlements(of: consumer, on: channel)
+            if !channel.flushes.isEmpty, !consumer.withholdsSettlements {
+                try sendFlushes(of: consumer, on: channel)
+            }
         }
     }
 

@@ -244,6 +244,7 @@ final class AMQPDriver: ConnectionDriver {
                 }
             }
             answerStops(channel)
+            failFlushes(channel)
             connection.remove(consumer)
             consumer.fail(EventsError(.connectionLost, error.message, operation: "consume from \(consumer.queue)"))
         default:
@@ -253,6 +254,8 @@ final class AMQPDriver: ConnectionDriver {
             }
             topology = AMQPChannel(number: number, role: .topology)
             let failed = steps.removeFirst()
+            // What callers wait for goes first: the broker may leave more of the others unanswered.
+            steps = steps.filter(\.isRequested) + steps.filter { !$0.isRequested }
             for step in steps where try !givesUp(step, error) { topology.enqueue(step.moved(to: number)) }
             try complete(failed, on: topology, .failure(error))
             try open(topology)
@@ -307,6 +310,13 @@ final class AMQPDriver: ConnectionDriver {
                 connection.restorationFailed(operation, error, endedConnection: true)
             default: break
             }
+            switch unnamedStepInFlight(error) {
+            case .request(let request):
+                let losses = request.losses.add(1, ordering: .relaxed).newValue
+                if losses >= DeclaredTopology.lossLimit { blamed = request }
+            case .restored(let operation): connection.restorationLost(operation, error)
+            default: break
+            }
             // Without a name, a message is to blame only where there was nothing else.
             let cause = AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
             connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, cause: cause)
@@ -320,14 +330,24 @@ final class AMQPDriver: ConnectionDriver {
         stream.close()
     }
 
-    /// The step that the broker has closed the connection for: the oldest of its method that is in flight.
+    /// The step that the broker has closed the connection for: the oldest of its method that is in flight. Nil if there are such
+    /// steps on several channels: the broker does not say on which.
     private func stepInFlight(_ error: any Error) -> AMQPChannel.Step? {
         // It may concern a method on a channel that was given up: then no other one is to blame.
         guard case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0, retiredCount == 0 else {
             return nil
         }
         // A reply's number is one above its method's (AMQP 0-9-1, 1.3).
-        return channels.values.lazy.compactMap { $0.oldestStep(answeredBy: method &+ 1) }.first
+        let candidates = channels.values.compactMap { $0.oldestStep(answeredBy: method &+ 1) }
+        return candidates.count == 1 ? candidates[0] : nil
+    }
+
+    /// What a connection that has ended without naming a method may have ended for: a channel that crashes in RabbitMQ takes
+    /// it along (541, method 0).
+    private func unnamedStepInFlight(_ error: any Error) -> AMQPChannel.Completion? {
+        guard retiredCount == 0 else { return nil }
+        if case AMQPFailure.closedByBroker(_, _, let method) = error, method != 0 { return nil }
+        return topology.oldestDeclaration
     }
 
     /// Closes the connection in order. A broker that blocks does not read, and would not answer.

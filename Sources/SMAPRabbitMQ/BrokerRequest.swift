@@ -20,6 +20,8 @@ final class BrokerRequest: Sendable {
         /// Consumes the replies to requests on the publishing channel.
         case consumeReplies
         case consume(Consumer)
+        /// Waits until the broker has the settlements that were made before.
+        case flushSettlements(Consumer)
         case stopConsumer(Consumer)
         case closeConsumer(Consumer)
     }
@@ -37,6 +39,8 @@ final class BrokerRequest: Sendable {
     let number = BrokerRequest.numbers.add(1, ordering: .relaxed).newValue
     private static let numbers = Atomic<UInt64>(0)
     let waiter = Waiter<Reply>()
+    /// How many connections have ended, naming nothing, while it was the oldest under way.
+    let losses = Atomic<Int>(0)
 
     init(_ operation: Operation, name: String, deadline: MonotonicTime) {
         self.operation = operation
@@ -71,7 +75,8 @@ extension BrokerRequest.Operation: CustomStringConvertible {
         case .checkExchange(let name): "exchange \(name)"
         case .checkQueue(let name): "queue \(name)"
         case .consumeReplies: "consumer of replies"
-        case .consume(let consumer), .stopConsumer(let consumer), .closeConsumer(let consumer):
+        case .consume(let consumer), .flushSettlements(let consumer), .stopConsumer(let consumer),
+            .closeConsumer(let consumer):
             "consumer of \(consumer.queue)"
         }
     }

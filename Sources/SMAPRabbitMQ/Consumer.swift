@@ -46,6 +46,10 @@ final class Consumer: TransportConsumer {
         connection.wake()
     }
 
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws {
+        _ = try await connection.request(.flushSettlements(self), name: "settle on \(queue)", deadline: deadline)
+    }
+
     func untilEnded() async throws { try await buffer.untilEnded() }
 
     func widen(to prefetch: Int) {
@@ -87,6 +91,9 @@ final class Consumer: TransportConsumer {
     func settlements(isLast: Bool = false) -> [AckTracker.Frame] {
         state.withLock { $0.widening == .none || isLast ? $0.tracker.flush() : [] }
     }
+
+    /// Whether settlements wait until it has been widened.
+    var withholdsSettlements: Bool { state.withLock { $0.widening != .none } }
 
     /// Whether it is to be cancelled now, to consume again with more.
     func beginsWidening() -> Bool {

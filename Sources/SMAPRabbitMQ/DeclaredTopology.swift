@@ -6,11 +6,13 @@ internal import Synchronization
 /// is forgotten; what cannot be declared again is kept with the reason.
 final class DeclaredTopology: Sendable {
     /// A service that makes up names must not make memory grow; what is beyond is not restored.
-    private static let limit = 10_000
+    let limit: Int
     /// So many declarations that have failed are tried again at a time: each may close its channel.
     private static let repeatLimit = 32
-    /// A declaration for which the broker has closed the connection is left out for so long.
-    private static let exclusion = Duration.seconds(120)
+    /// A declaration for which the broker has closed the connection is left out for so many stall limits.
+    private static let exclusion = 8
+    /// So many connections may end without a reason while the same declaration is the oldest under way: then that is to blame.
+    static let lossLimit = 3
 
     /// Why a declaration is not there.
     private struct Failure {
@@ -32,8 +34,17 @@ final class DeclaredTopology: Sendable {
         var bindings: [QueueBinding: Int] = [:]
         /// By the description of the declaration.
         var failures: [String: Failure] = [:]
+        /// By the description: how many connections have ended, naming nothing, while this was the oldest under way.
+        var losses: [String: Int] = [:]
         var count: Int { exchanges.count + queues.count + bindings.count }
         var lastPosition = 0
+        /// Whether something was beyond the limit.
+        var isOverLimit = false
+
+        /// What is sent behind all others: it would hold them up, or end the connection before they are answered.
+        func isLast(_ failure: Failure) -> Bool {
+            failure.isSilent || losses["\(failure.operation)", default: 0] >= DeclaredTopology.lossLimit
+        }
 
         /// All declarations, in the order in which they can be repeated.
         var operations: [BrokerRequest.Operation] {
@@ -45,6 +56,8 @@ final class DeclaredTopology: Sendable {
 
     private let state = Mutex(State())
 
+    init(limit: Int = 10_000) { self.limit = limit }
+
     /// What is to be declared again on a new connection, in order, and what everything else waits for: not for what has been
     /// failing for longer than `limit`.
     func operations(
@@ -52,30 +65,30 @@ final class DeclaredTopology: Sendable {
     ) -> [(operation: BrokerRequest.Operation, isAwaited: Bool)] {
         state.withLock { state in
             guard !state.failures.isEmpty else { return state.operations.map { ($0, true) } }
-            var silentQueues: Set<QueueName> = []
-            for failure in state.failures.values where failure.isSilent {
-                if case .declareQueue(let queue) = failure.operation { silentQueues.insert(queue.name) }
+            var lastQueues: Set<QueueName> = []
+            for failure in state.failures.values where state.isLast(failure) {
+                if case .declareQueue(let queue) = failure.operation { lastQueues.insert(queue.name) }
             }
             var current: [(BrokerRequest.Operation, Bool)] = []
-            var silent: [(BrokerRequest.Operation, Bool)] = []
+            var last: [(BrokerRequest.Operation, Bool)] = []
             for operation in state.operations {
                 let failure = state.failures["\(operation)"]
                 guard failure.map({ $0.excludedUntil <= now }) ?? true else { continue }
                 let isAwaited = failure.map { $0.since.advanced(by: limit) > now } ?? true
-                // Behind all others, with its bindings: it would hold them up.
+                // A queue takes its bindings along.
                 let queue: QueueName? =
                     switch operation {
                     case .declareQueue(let queue): queue.name
                     case .bind(let binding): binding.queue
                     default: nil
                     }
-                if failure?.isSilent == true || queue.map(silentQueues.contains) == true {
-                    silent.append((operation, isAwaited && failure == nil && queue.map(silentQueues.contains) != true))
+                if failure.map(state.isLast) == true || queue.map(lastQueues.contains) == true {
+                    last.append((operation, false))
                 } else {
                     current.append((operation, isAwaited))
                 }
             }
-            return current + silent
+            return current + last
         }
     }
 
@@ -88,6 +101,14 @@ final class DeclaredTopology: Sendable {
             }
             let chosen = Set(due.sorted { $0.value.triedAt < $1.value.triedAt }.prefix(Self.repeatLimit).map(\.key))
             return state.operations.filter { chosen.contains("\($0)") }
+        }
+    }
+
+    /// When something that has failed can be tried again, at `time` at the earliest; nil if nothing can.
+    func repeatTime(notBefore time: MonotonicTime, includingSilent: Bool) -> MonotonicTime? {
+        state.withLock { state in
+            state.failures.values.lazy.filter { includingSilent || !$0.isSilent }
+                .map { max(time, $0.excludedUntil) }.min()
         }
     }
 
@@ -119,13 +140,33 @@ final class DeclaredTopology: Sendable {
                 if error.code == .protocolViolation {
                     failure.excludedUntil = .distantFuture
                 } else if failure.since.advanced(by: limit) <= now {
-                    failure.excludedUntil = now.advanced(by: Self.exclusion)
+                    failure.excludedUntil = now.advanced(by: limit * Self.exclusion)
                 }
             }
+            // The broker has answered it.
+            if !endedConnection, !failure.isSilent { state.losses["\(operation)"] = nil }
             state.failures["\(operation)"] = failure
             return known?.error.message != error.message
         }
     }
+
+    /// A connection has ended, naming nothing, while a declaration was the oldest under way. True if that is to blame from now
+    /// on: it is sent as the last one then, and left out for a while when it ends one more.
+    func lost(_ operation: BrokerRequest.Operation, _ error: EventsError, now: MonotonicTime, limit: Duration) -> Bool {
+        state.withLock { state in
+            let losses = state.losses["\(operation)", default: 0] + 1
+            state.losses["\(operation)"] = losses
+            guard losses >= Self.lossLimit else { return false }
+            let known = state.failures["\(operation)"]
+            var failure = Failure(operation: operation, since: known?.since ?? now, error: error, triedAt: now)
+            if losses > Self.lossLimit { failure.excludedUntil = now.advanced(by: limit * Self.exclusion) }
+            state.failures["\(operation)"] = failure
+            return losses == Self.lossLimit
+        }
+    }
+
+    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile.
+    var isTesting: Bool { state.withLock { $0.losses.values.contains { $0 <= Self.lossLimit } } }
 
     var hasFailures: Bool { state.withLock { !$0.failures.isEmpty } }
 
@@ -142,29 +183,35 @@ final class DeclaredTopology: Sendable {
         return texts.count > 3 ? texts.prefix(3) + ["topology: \(texts.count - 3) more declarations"] : texts
     }
 
-    /// Remembers what was declared, once the broker has it.
-    func insert(_ operation: BrokerRequest.Operation) {
+    /// Remembers what was declared, once the broker has it. True for the first that is beyond the limit, and not remembered.
+    func insert(_ operation: BrokerRequest.Operation) -> Bool {
         state.withLock { state in
+            let isKnown =
+                switch operation {
+                case .declareExchange(let exchange): state.exchanges[exchange.name] != nil
+                case .declareQueue(let queue): state.queues[queue.name] != nil
+                case .bind(let binding): state.bindings[binding] != nil
+                default: true
+                }
+            guard isKnown || state.count < limit else {
+                defer { state.isOverLimit = true }
+                return !state.isOverLimit
+            }
             state.lastPosition += 1
-            let isFull = state.count >= Self.limit
             switch operation {
             case .declareExchange(let exchange):
-                guard let known = state.exchanges[exchange.name] else {
-                    if !isFull { state.exchanges[exchange.name] = (state.lastPosition, exchange) }
-                    break
-                }
-                state.exchanges[exchange.name] = (known.position, exchange)
+                let position = state.exchanges[exchange.name]?.position ?? state.lastPosition
+                state.exchanges[exchange.name] = (position, exchange)
             case .declareQueue(let queue):
-                guard let known = state.queues[queue.name] else {
-                    if !isFull { state.queues[queue.name] = (state.lastPosition, queue) }
-                    break
-                }
-                state.queues[queue.name] = (known.position, queue)
+                let position = state.queues[queue.name]?.position ?? state.lastPosition
+                state.queues[queue.name] = (position, queue)
             case .bind(let binding):
-                if state.bindings[binding] == nil, !isFull { state.bindings[binding] = state.lastPosition }
-            default: return
+                if !isKnown { state.bindings[binding] = state.lastPosition }
+            default: return false
             }
             if !state.failures.isEmpty { state.failures["\(operation)"] = nil }
+            if !state.losses.isEmpty { state.losses["\(operation)"] = nil }
+            return false
         }
     }
 }

@@ -36,7 +36,20 @@ struct EncodedMessage: Sendable {
     }
 
     /// Throws `invalidEvent` or `eventTooLarge`, naming the field.
-    init(_ message: OutboundMessage) throws {
+    init(_ message: OutboundMessage) throws(EventsError) {
+        do {
+            try self.init(encoding: message)
+        } catch let error as EventsError {
+            throw error
+        } catch {
+            // The checks have missed something. The message is at fault, not the connection, and is not to be tried again.
+            let reason = AMQPFailure.error(from: error, server: "", connecting: false).message
+            throw EventsError(
+                .invalidEvent, "the message to \(message.exchange) cannot be encoded: \(reason)", operation: "publish")
+        }
+    }
+
+    private init(encoding message: OutboundMessage) throws {
         body = message.body
         if case .template(let template, let id, let date) = message.content, id.rawValue.utf8.count == Self.idLength,
             let timestamp = Self.seconds(date)
@@ -89,19 +102,21 @@ struct EncodedMessage: Sendable {
     ///
     /// - Parameter header: Where the frame begins.
     private static func insert(
-        _ table: HeaderTable, into frames: inout [UInt8], header: Int, _ properties: MessageProperties
+        _ table: HeaderTable, into frames: inout [UInt8], header: Int
     ) {
         // Type, channel, size, class, weight, body size (AMQP 0-9-1, 2.3.5.2).
         let flags = header + 19
-        frames[flags] |= UInt8(AMQP_BASIC_HEADERS_FLAG >> 8)
-        let before = [properties.contentType, properties.contentEncoding].reduce(0) {
-            $0 + ($1.map { 1 + $0.utf8.count } ?? 0)
+        var position = flags + 2
+        for flag in [AMQP_BASIC_CONTENT_TYPE_FLAG, AMQP_BASIC_CONTENT_ENCODING_FLAG]
+        where frames[flags] & UInt8(flag >> 8) != 0 {
+            position += 1 + Int(frames[position])
         }
+        frames[flags] |= UInt8(AMQP_BASIC_HEADERS_FLAG >> 8)
         var field: [UInt8] = []
         field.reserveCapacity(4 + table.bytes.count)
         field.append(bigEndian: UInt32(table.bytes.count))
         field += table.bytes
-        frames.insert(contentsOf: field, at: flags + 2 + before)
+        frames.insert(contentsOf: field, at: position)
         let size = frames.withUnsafeBytes { $0.bigEndian(at: header + 3, as: UInt32.self) } + UInt32(field.count)
         frames.withUnsafeMutableBytes { $0.put(size, at: header + 3) }
     }
@@ -124,18 +139,26 @@ struct EncodedMessage: Sendable {
             texts.append(contentsOf: text.utf8)
             return start..<texts.count
         }
+        /// What a copy has received, where that is no UTF-8.
+        func append(_ text: String?, _ name: StaticString) -> Range<Int>? {
+            guard let text else { return nil }
+            guard !message.rawTexts.isEmpty, let raw = message.rawTexts["\(name)"] else { return append(text) }
+            let start = texts.count
+            texts += raw
+            return start..<texts.count
+        }
         let source = message.properties
         let exchange = append(message.exchange)
         let routingKey = append(message.routingKey)
-        let contentType = source.contentType.map(append)
-        let contentEncoding = source.contentEncoding.map(append)
+        let contentType = append(source.contentType, "content_type")
+        let contentEncoding = append(source.contentEncoding, "content_encoding")
         let expiration = source.expiration.map(append)
         let userID = source.userID.map(append)
-        let correlationID = source.correlationID.map(append)
-        let replyTo = source.replyTo.map(append)
-        let messageID = source.messageID.map(append)
-        let type = source.type.map(append)
-        let appID = source.appID.map(append)
+        let correlationID = append(source.correlationID, "correlation_id")
+        let replyTo = append(source.replyTo, "reply_to")
+        let messageID = append(source.messageID, "message_id")
+        let type = append(source.type, "type")
+        let appID = append(source.appID, "app_id")
         // A copy has its headers laid out already.
         let sourceHeaders = message.headerTable == nil ? source.headers : [:]
         let headers = sourceHeaders.map { name, value -> (name: Range<Int>, value: Value) in
@@ -215,7 +238,7 @@ struct EncodedMessage: Sendable {
                     count = methodLength + headerLength
                 }
                 if let table = message.headerTable {
-                    insert(table, into: &frames, header: methodLength, source)
+                    insert(table, into: &frames, header: methodLength)
                 }
                 return (frames, max(methodLength, frames.count - methodLength))
             }

@@ -65,9 +65,9 @@ final class PendingPublish: @unchecked Sendable {
     }
 
     /// Tells the caller. To be called outside the window's lock.
-    func resume(_ result: Result<Bool, any Error>) {
+    func resume(_ result: Result<Bool, EventsError>) {
         switch caller {
-        case .task(let waiter): waiter.resolve(result)
+        case .task(let waiter): waiter.resolve(result.mapError { $0 })
         case .batch(let batch, let index): batch.resolve(index, result)
         }
     }
@@ -94,13 +94,11 @@ final class PublishBatch: Sendable {
     }
 
     /// The first result of a message stands.
-    func resolve(_ index: Int, _ result: Result<Bool, any Error>) {
+    func resolve(_ index: Int, _ result: Result<Bool, EventsError>) {
         let isComplete = state.withLock { state in
             guard !state.isAnswered[index] else { return false }
             state.isAnswered[index] = true
-            state.results[index] = result.mapError {
-                $0 as? EventsError ?? EventsError(.unknownOutcome, "\(type(of: $0))", operation: "publish")
-            }
+            state.results[index] = result
             state.missing -= 1
             return state.missing == 0
         }

@@ -117,7 +117,7 @@ extension RabbitMQConnection {
         while true {
             // Before anything else that this thread may read.
             for id in resumptions.requests { replies.sent(id) }
-            for (publish, result) in resumptions.publishes { publish.resume(result.mapError { $0 }) }
+            for (publish, result) in resumptions.publishes { publish.resume(result) }
             for tell in resumptions.drained { tell() }
             var unwanted: [PublishGrant] = []
             for (waiter, result) in resumptions.reservations {
@@ -139,6 +139,7 @@ extension RabbitMQConnection {
     func publishingOpened() {
         set(.failingChannel, nil)
         set(.openingChannel, nil)
+        noteUse()
     }
 
     /// The broker has closed the publishing channel. Returns whether there was anything on it.

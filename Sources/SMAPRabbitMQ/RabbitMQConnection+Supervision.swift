@@ -106,7 +106,7 @@ extension RabbitMQConnection {
             case _ where request === blamed:
                 forget(request)
                 request.fail(error.code, error.message)
-            case .consume:
+            case .consume, .flushSettlements:
                 forget(request)
                 request.fail(error.isRetriable ? error.code : .connectionLost, error.message)
             default:
@@ -180,6 +180,14 @@ extension RabbitMQConnection {
 
     // MARK: The topology
 
+    /// The broker has a declaration.
+    func declared(_ operation: BrokerRequest.Operation) {
+        guard topology.insert(operation) else { return }
+        logger.warning(
+            "too many declarations: from this one on they are not declared again after a reconnect",
+            metadata: ["limit": "\(topology.limit)", "declaration": "\(operation)"])
+    }
+
     /// What was declared before a loss is being declared again, before anything is published. Returns until when everything
     /// waits for it, on whichever connection it ends.
     func restoring(_ count: Int) -> MonotonicTime {
@@ -197,8 +205,17 @@ extension RabbitMQConnection {
 
     /// All of it has been answered, or has had its time.
     func restored() {
-        shared.withLock { $0.restorationBegan = nil }
         set(.restoringTopology, nil)
+        noteUse()
+    }
+
+    /// After the next loss everything waits for the topology anew; not while each connection ends before it is of use.
+    func noteUse() {
+        shared.withLock { shared in
+            let isWaiting = shared.obstacles[.restoringTopology] != nil
+            let isOpening = isForPublishing && shared.obstacles[.openingChannel] != nil
+            if !isWaiting, !isOpening { shared.restorationBegan = nil }
+        }
     }
 
     /// The broker has not declared something again.
@@ -210,7 +227,17 @@ extension RabbitMQConnection {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
         let isNews = topology.failed(
             operation, error, now: .now, limit: configuration.stallLimit, endedConnection: endedConnection)
-        guard isNews else { return }
+        if isNews { logFailure(of: operation, error) }
+    }
+
+    /// A connection has ended, naming nothing, while a declaration was the oldest one under way.
+    func restorationLost(_ operation: BrokerRequest.Operation, _ error: any Error) {
+        let error = AMQPFailure.error(from: error, server: "", connecting: false)
+        let isNews = topology.lost(operation, error, now: .now, limit: configuration.stallLimit)
+        if isNews { logFailure(of: operation, error) }
+    }
+
+    private func logFailure(of operation: BrokerRequest.Operation, _ error: EventsError) {
         logger.warning(
             "a declaration failed after a reconnect, and is tried again",
             metadata: ["declaration": "\(operation)", "reason": "\(error.message)"])

@@ -26,14 +26,19 @@ public final class RabbitMQTransport: EventTransport, Service {
     private let logger: Logger
     private let publishing = Mutex(Slot.idle)
     private let consuming = Mutex(Slot.idle)
-    private let topology = DeclaredTopology()
+    private let topology: DeclaredTopology
     private let observers = ConnectionObservers()
     private let isClosing = Atomic<Bool>(false)
     private let closed = Latch()
 
     /// Makes a transport; connections are opened when they are needed. Throws
     /// ``SMAPEvents/EventsError/Code/invalidConfiguration``.
-    public init(configuration: RabbitMQConfiguration, logger: Logger = .silent) throws {
+    public convenience init(configuration: RabbitMQConfiguration, logger: Logger = .silent) throws {
+        try self.init(configuration: configuration, logger: logger, topology: DeclaredTopology())
+    }
+
+    init(configuration: RabbitMQConfiguration, logger: Logger, topology: DeclaredTopology) throws {
+        self.topology = topology
         try configuration.validateForConnecting()
         self.configuration = configuration
         self.logger = logger
@@ -124,7 +129,7 @@ public final class RabbitMQTransport: EventTransport, Service {
         get throws { try connection(publishing, name: "publish", isForPublishing: true) }
     }
 
-    private var consumeConnection: RabbitMQConnection {
+    var consumeConnection: RabbitMQConnection {
         get throws {
             guard !isClosing.load(ordering: .relaxed) else {
                 throw EventsError(.closed, "the transport is closed", operation: "consume")

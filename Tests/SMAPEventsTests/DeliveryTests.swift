@@ -312,16 +312,36 @@ private let queue: QueueName = "test.deliveries"
         }
     }
 
+    /// A transport through which a dead process publishes nothing any more.
+    private final class MortalTransport: Sendable {
+        private let isDead = Atomic<Bool>(false)
+        private let broker: InMemoryBroker
+        init(_ broker: InMemoryBroker) { self.broker = broker }
+
+        var transport: InterceptedTransport {
+            InterceptedTransport(
+                broker: broker,
+                publishing: { [self] _ in
+                    guard isDead.load(ordering: .relaxed) else { return }
+                    throw EventsError(.connectionLost, "the process is dead", operation: "publish")
+                })
+        }
+
+        func die() { isDead.store(true, ordering: .relaxed) }
+    }
+
     /// A process that dies takes its subscriber with it: the next one knows nothing of it.
     private func crash(
         _ harness: EventsTestHarness, _ subscription: EventSubscription, _ router: EventRouter,
         when isOver: @escaping @Sendable () async -> Bool
     ) async throws {
-        let subscriber = EventSubscriber(transport: harness.broker, subscription: subscription, router: router)
+        let mortal = MortalTransport(harness.broker)
+        let subscriber = EventSubscriber(transport: mortal.transport, subscription: subscription, router: router)
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await subscriber.run() }
             try await until(isOver)
             // What it had in hand goes back, unanswered.
+            mortal.die()
             group.cancelAll()
         }
     }
@@ -383,8 +403,9 @@ private let queue: QueueName = "test.deliveries"
             // A lease that outlives its process, as one in Redis does.
             let inbox = InMemoryInbox(clock: clock)
             for death in 1...7 {
+                let mortal = MortalTransport(harness.broker)
                 let subscriber = EventSubscriber(
-                    transport: harness.broker, subscription: subscription, router: router,
+                    transport: mortal.transport, subscription: subscription, router: router,
                     inbox: LeakingInbox(inbox: inbox), clock: clock)
                 try await withThrowingTaskGroup(of: Void.self) { group in
                     group.addTask { try await subscriber.run() }
@@ -393,6 +414,7 @@ private let queue: QueueName = "test.deliveries"
                         return deaths.load(ordering: .relaxed) == death
                             || !harness.broker.messages(in: queue.deadLetterQueue).isEmpty
                     }
+                    mortal.die()
                     group.cancelAll()
                 }
             }

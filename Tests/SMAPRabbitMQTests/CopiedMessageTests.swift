@@ -27,21 +27,32 @@ import Testing
         let encoded = try EncodedMessage(message)
         var parser = FrameParser()
         encoded.head.withUnsafeBytes { parser.append($0) }
-        let decoder = MethodDecoder()
-        var properties = MessageProperties()
-        var table: HeaderTable?
+        var header: [UInt8] = []
         try parser.forEachFrame { frame in
-            if frame.kind == .header {
-                let header = try decoder.header(frame)
-                #expect(header.bodySize == UInt64(message.body.count))
-                properties = AMQPDriver.properties(header.properties)
-                table = AMQPDriver.headerTable(frame.payload)
-            }
+            if frame.kind == .header { header = Array(frame.payload) }
             return true
         }
-        return InboundDelivery(
-            tag: 1, exchange: message.exchange, routingKey: message.routingKey, isRedelivered: false,
-            properties: properties, body: encoded.body, isTruncated: false, headerTable: table)
+        return try received(header, exchange: message.exchange, routingKey: message.routingKey, body: encoded.body)
+    }
+
+    /// A delivery with a content header of these bytes.
+    private func received(
+        _ header: [UInt8], exchange: String = "x", routingKey: String = "a.b", body: [UInt8] = []
+    ) throws -> InboundDelivery {
+        var parser = FrameParser()
+        AMQPFrame(type: AMQPFrame.header, channel: 2, payload: header).encoded.withUnsafeBytes { parser.append($0) }
+        let decoder = MethodDecoder()
+        var delivery: InboundDelivery?
+        try parser.forEachFrame { frame in
+            let header = try decoder.header(frame)
+            #expect(header.bodySize == UInt64(body.count))
+            let (properties, rawTexts) = AMQPDriver.properties(header.properties)
+            delivery = InboundDelivery(
+                tag: 1, exchange: exchange, routingKey: routingKey, isRedelivered: false, properties: properties,
+                body: body, isTruncated: false, headerTable: AMQPDriver.headerTable(frame.payload), rawTexts: rawTexts)
+            return true
+        }
+        return try #require(delivery)
     }
 
     @Test func `properties and headers of every type survive retries, a dead letter and a replay`() throws {
@@ -110,6 +121,71 @@ import Testing
             headerTable: HeaderTable(bytes: Self.table([("x-death", deaths)])))
         #expect(delivery.restored().exchange == "smap.events")
         #expect(delivery.restored().routingKey == "a.b")
+    }
+
+    @Test func `texts that are no UTF-8 survive retries, a dead letter and a replay`() throws {
+        // Each becomes longer than a short string when it is repaired.
+        let text = [UInt8](repeating: 0xFF, count: 86)
+        // This one becomes as long as it was.
+        let cut: [UInt8] = [0xF0, 0x9F, 0x98]
+        func short(_ bytes: [UInt8]) -> [UInt8] { [UInt8(bytes.count)] + bytes }
+        let table = Self.table([("h", [0x74, 1])])
+        // content_type to app_id, without `expiration`.
+        let fields =
+            short(text) + short(cut) + [0, 0, 0, UInt8(table.count)] + table + [2, 9] + short(text) + short(text)
+            + short(text) + [0, 0, 0, 0, 0, 0, 0, 7] + short(text) + short(text) + short(cut)
+        let payload: [UInt8] = [0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFE, 0xF8] + fields
+        let original = try received(payload)
+        #expect(original.properties.contentType?.utf8.count == 258)
+
+        var delivery = original
+        for _ in 1...3 {
+            let next = try arrived(delivery.copy(to: "smap.retry.1s", queue: "q", headers: [:]))
+            delivery = InboundDelivery(
+                tag: 1, exchange: ExchangeName.requeue, routingKey: "q", isRedelivered: false,
+                properties: next.properties, body: next.body, isTruncated: false, headerTable: next.headerTable,
+                rawTexts: next.rawTexts
+            ).restored()
+        }
+        let dead = try arrived(delivery.copy(to: ExchangeName.deadLetters, queue: "q", headers: [:]))
+        let replayed = try arrived(
+            dead.restored().copy(to: ExchangeName.requeue, queue: "q", headers: [:], reset: true))
+        // `user_id` cannot be sent: it would have to be our own.
+        #expect(
+            replayed.rawTexts == [
+                "content_type": text, "content_encoding": cut, "correlation_id": text, "reply_to": text,
+                "message_id": text, "type": text, "app_id": cut,
+            ])
+        #expect(replayed.properties.priority == 9)
+        #expect(replayed.headerTable?.bytes.starts(with: table) == true)
+        // What is changed is another message.
+        var changed = delivery.copy(to: "x", queue: "q", headers: [:])
+        changed.properties.contentType = "text/plain"
+        changed.properties.correlationID = "c"
+        changed.properties.replyTo = nil
+        changed.properties.messageID = "m"
+        changed.properties.type = "a.b"
+        let texts = try arrived(changed)
+        #expect(texts.properties.contentType == "text/plain" && texts.rawTexts.isEmpty)
+    }
+
+    @Test func `headers behind more than one word of flags are read where they are`() throws {
+        let table = Self.table([("h", [0x74, 1])])
+        // The lowest bit: another word of flags follows.
+        let payload: [UInt8] =
+            [0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20, 1, 0, 0] + [0, 0, 0, UInt8(table.count)] + table
+        let copy = try arrived(try received(payload).copy(to: "x", queue: "q", headers: [:]))
+        #expect(copy.properties.headers["h"] == .boolean(true))
+    }
+
+    @Test(arguments: ["abc", "", "-1", "+1", "4294967296", "300 ", "\u{0663}", String(repeating: "1", count: 300)])
+    func `an expiration that no broker has noted is not taken over`(text: String) throws {
+        let delivery = InboundDelivery(
+            tag: 1, exchange: ExchangeName.deadLetters, routingKey: "q", isRedelivered: false,
+            properties: MessageProperties(headers: ["x-smap-expiration": .string(text)]), body: [])
+        #expect(delivery.restored().properties.expiration == nil)
+        let replayed = delivery.restored().copy(to: ExchangeName.requeue, queue: "q", headers: [:], reset: true)
+        #expect(try arrived(replayed).properties.expiration == nil)
     }
 
     @Test func `bytes that are no table are none`() {

@@ -9,13 +9,13 @@ import Waiting
 
 /// What a broker that misbehaves does to a transport, and what it must not do.
 @Suite(.serialized, .timeLimit(.minutes(1))) struct TransportFaultTests {
-    private struct Settings {
+    struct Settings {
         let apply: (inout RabbitMQConfiguration) -> Void
         init(_ apply: @escaping (inout RabbitMQConfiguration) -> Void) { self.apply = apply }
     }
 
     /// Runs `body` with a transport that is connected to a fake broker.
-    private func withTransport(
+    func withTransport(
         _ options: FakeBroker.Options = FakeBroker.Options(), _ settings: Settings = Settings { _ in },
         _ react: @escaping @Sendable (FakeBroker.Received, FakeConnection) -> Bool = { _, _ in false },
         body: (RabbitMQTransport, FakeBroker) async throws -> Void
@@ -36,7 +36,7 @@ import Waiting
         }
     }
 
-    private func message(
+    func message(
         _ key: String = "a.b", exchange: String = "x", id: String = EventID().rawValue, size: Int = 10, header: Int = 0
     ) -> OutboundMessage {
         var properties = MessageProperties(messageID: id)
@@ -45,10 +45,10 @@ import Waiting
             exchange: exchange, routingKey: key, properties: properties, body: Array(repeating: 1, count: size))
     }
 
-    private func soon(_ seconds: Double = 20) -> ContinuousClock.Instant { .now + .seconds(seconds) }
+    func soon(_ seconds: Double = 20) -> ContinuousClock.Instant { .now + .seconds(seconds) }
 
     /// How a publish ended: `routed`, `returned`, or code and outcome.
-    private func end(_ publish: () async throws -> Bool) async -> String {
+    func end(_ publish: () async throws -> Bool) async -> String {
         do {
             return try await publish() ? "routed" : "returned"
         } catch let error as EventsError {
@@ -58,14 +58,14 @@ import Waiting
         }
     }
 
-    private func isConfirmed(over transport: RabbitMQTransport) async -> Bool {
+    func isConfirmed(over transport: RabbitMQTransport) async -> Bool {
         await end { try await transport.publish(message(), deadline: soon()) } == "routed"
     }
 
-    private func counts(_ ends: [String]) -> [String: Int] { ends.reduce(into: [:]) { $0[$1, default: 0] += 1 } }
+    func counts(_ ends: [String]) -> [String: Int] { ends.reduce(into: [:]) { $0[$1, default: 0] += 1 } }
 
     /// Publishes messages at the same time; returns how each ended.
-    private func publish(
+    func publish(
         _ messages: [OutboundMessage], over transport: RabbitMQTransport, deadline: Double = 20
     ) async -> [String] {
         // The same for all, however late their tasks begin.
@@ -166,6 +166,38 @@ import Waiting
             try await broker.waitUntil { $0.publishes().count == 2 }
             #expect(broker.publishes().allSatisfy { $0.frameSizes.allSatisfy { $0 <= 4_096 - 8 } })
             #expect(broker.publishes().map(\.body.count).sorted() == [5_000, 20_000])
+        }
+    }
+
+    @Test func `a copy that AMQP does not hold is invalid, alone and among others`() async throws {
+        try await withTransport { _, _ in
+            false
+        } body: { transport, broker in
+            let headers = try #require(HeaderTable(bytes: []))
+            let copy = OutboundMessage(
+                copyTo: "x", routingKey: "q",
+                properties: MessageProperties(contentType: String(repeating: "c", count: 258)),
+                headers: headers, body: [1])
+            let error = await #expect(throws: EventsError.self) {
+                try await transport.publish(copy, deadline: soon())
+            }
+            #expect(error?.code == .eventTooLarge && error?.message.contains("content_type") == true, "\(error as Any)")
+            let misaddressed = OutboundMessage(
+                copyTo: "x", routingKey: String(repeating: "q", count: 258), properties: MessageProperties(),
+                headers: headers, body: [1])
+            let reservation = try await transport.reserve(
+                3, bytes: 3_000, for: PublishDestination(exchange: "x", routingKey: "q"), deadline: soon())
+            let results = await transport.publish(
+                contentsOf: [message(), copy, misaddressed], using: reservation, deadline: soon())
+            #expect((try? results[0].get()) == true)
+            for result in results.dropFirst() {
+                guard case .failure(let error) = result else {
+                    Issue.record("\(result)")
+                    continue
+                }
+                #expect(error.publishOutcome == .rejected && !error.isRetriable, "\(error)")
+            }
+            #expect(broker.acceptedCount == 1 && broker.publishes().count == 1)
         }
     }
 
@@ -1000,7 +1032,7 @@ import Waiting
     }
 
     /// Channels on which the broker answers nothing any more: it handles the methods of a channel in order.
-    private final class SilentChannels: Sendable {
+    final class SilentChannels: Sendable {
         private let channels = Mutex<Set<[Int]>>([])
 
         func contains(_ received: FakeBroker.Received, beginsHere: () -> Bool) -> Bool {
@@ -1010,7 +1042,7 @@ import Waiting
         }
     }
 
-    private func untilHealthy(_ transport: RabbitMQTransport) async throws {
+    func untilHealthy(_ transport: RabbitMQTransport) async throws {
         let end = soon()
         while await !transport.health().problems.isEmpty, .now < end { try await Task.sleep(for: .milliseconds(10)) }
         #expect(await transport.health().problems.isEmpty)

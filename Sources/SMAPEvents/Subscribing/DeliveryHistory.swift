@@ -42,18 +42,26 @@ extension InboundDelivery {
         guard exchange == ExchangeName.requeue || exchange == ExchangeName.deadLetters else { return self }
         var properties = properties
         properties.userID = text(HistoryHeader.userID)
-        properties.expiration = text(HistoryHeader.expiration)
+        properties.expiration = text(HistoryHeader.expiration).flatMap { Self.isExpiration($0) ? $0 : nil }
         // What another consumer has rejected bears the broker's own record.
         let death = text(HistoryHeader.exchange) == nil ? headerTable?.firstDeath : nil
         return InboundDelivery(
             tag: tag, exchange: text(HistoryHeader.exchange) ?? death?.exchange ?? exchange,
             routingKey: text(HistoryHeader.routingKey) ?? death?.routingKey ?? properties.type ?? routingKey,
             isRedelivered: isRedelivered, properties: properties, body: body, receivedAt: receivedAt,
-            isTruncated: isTruncated, headerTable: headerTable,
+            isTruncated: isTruncated, headerTable: headerTable, rawTexts: rawTexts,
             // Those of a dead letter are over; a consumer of it counts from the beginning.
             failedAttempts: exchange == ExchangeName.requeue
                 ? Int(clamping: min(max(0, number(HistoryHeader.attempts) ?? 0), 1_000_000)) : 0,
             isCopy: true)
+    }
+
+    /// Whether a broker takes a text as `expiration`. A publisher may have written the header, and a broker closes the
+    /// channel for what is none.
+    private static func isExpiration(_ text: String) -> Bool {
+        (1...10).contains(text.utf8.count)
+            && text.utf8.allSatisfy { (UInt8(ascii: "0")...UInt8(ascii: "9")).contains($0) }
+            && UInt32(text) != nil
     }
 
     /// How often consumers had died with it when this copy was made.
@@ -84,7 +92,7 @@ extension InboundDelivery {
         return InboundDelivery(
             tag: tag, exchange: exchange, routingKey: routingKey, isRedelivered: isRedelivered, properties: properties,
             body: body, receivedAt: receivedAt, isTruncated: isTruncated, headerTable: headerTable,
-            failedAttempts: count, isCopy: isCopy)
+            rawTexts: rawTexts, failedAttempts: count, isCopy: isCopy)
     }
 
     /// A copy of the message to park, to bring back, or to keep as a dead letter. Its key is the queue's name.
@@ -122,7 +130,8 @@ extension InboundDelivery {
             table.set(name, value)
         }
         return OutboundMessage(
-            copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, body: body)
+            copyTo: exchange, routingKey: queue.rawValue, properties: properties, headers: table, rawTexts: rawTexts,
+            body: body)
     }
 
     /// When it failed first, as far as can be believed.

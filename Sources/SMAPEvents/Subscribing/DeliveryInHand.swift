@@ -8,12 +8,19 @@ final class DeliveryInHand: Sendable {
         var isDecided = false
         var claim: (entry: InboxEntry, token: String)?
         var due: Duration?
+        var wasGivenBack = false
+        var isTrial = false
     }
 
     let delivery: InboundDelivery
-    let source: any DeliverySource
+    /// The consumer that it came from.
+    let offer: ConsumerIntake.Offer
+    var source: any DeliverySource { offer.source }
     /// Whether the circuit breaker was trying whether handlers work again when this was taken.
-    let isTrial: Bool
+    var isTrial: Bool {
+        get { state.withLock { $0.isTrial } }
+        set { state.withLock { $0.isTrial = newValue } }
+    }
     /// Whether no other handler of the subscription runs beside its own.
     let isAlone: Bool
     /// How often consumers died with it before it was put into its queue, and how often since, as far as is known.
@@ -23,12 +30,11 @@ final class DeliveryInHand: Sendable {
     private let state = Mutex(State())
 
     init(
-        _ delivery: InboundDelivery, _ source: any DeliverySource, isTrial: Bool, isAlone: Bool, earlierDeaths: Int,
+        _ delivery: InboundDelivery, _ offer: ConsumerIntake.Offer, isAlone: Bool, earlierDeaths: Int,
         redeliveries: Int
     ) {
         self.delivery = delivery
-        self.source = source
-        self.isTrial = isTrial
+        self.offer = offer
         self.isAlone = isAlone
         self.earlierDeaths = earlierDeaths
         self.redeliveries = redeliveries
@@ -40,6 +46,12 @@ final class DeliveryInHand: Sendable {
             defer { state.isDecided = true }
             return !state.isDecided
         }
+    }
+
+    /// Whether it went back to its queue, which counts that as a delivery.
+    var wasGivenBack: Bool {
+        get { state.withLock { $0.wasGivenBack } }
+        set { state.withLock { $0.wasGivenBack = newValue } }
     }
 
     /// The lease on its event, if it has one.

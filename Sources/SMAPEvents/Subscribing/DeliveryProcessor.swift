@@ -59,11 +59,10 @@ struct DeliveryProcessor: Sendable {
 
     // MARK: Handling
 
-    /// Asks the inbox, then the handler.
-    func verdict(on inHand: DeliveryInHand) async -> Verdict {
-        let delivery = inHand.delivery
+    /// What becomes of a delivery whose event is not even read; nil if it is.
+    func earlyVerdict(on inHand: DeliveryInHand) -> Verdict? {
         // First of all: a copy of it would be empty.
-        if delivery.isTruncated { return .reject }
+        if inHand.delivery.isTruncated { return .reject }
         if inHand.isAlone {
             let alone = inHand.deaths - subscription.suspicion
             guard alone < subscription.maximumRedeliveries else {
@@ -74,6 +73,13 @@ struct DeliveryProcessor: Sendable {
         } else if subscription.isolatesSuspects, inHand.deaths >= subscription.isolationThreshold {
             return .isolate
         }
+        return nil
+    }
+
+    /// Asks the inbox, then the handler.
+    func verdict(on inHand: DeliveryInHand) async -> Verdict {
+        if Task.isCancelled { return .abandon }
+        let delivery = inHand.delivery
         let envelope: EventEnvelope
         let handler: EventRouter.Handler
         do {
@@ -179,7 +185,8 @@ struct DeliveryProcessor: Sendable {
             await complete(inHand)
             if settle(inHand, .acknowledge) { outcome = .acknowledged }
         case .abandon:
-            await release(inHand)
+            // Not settled, it would count as if it had killed its consumer.
+            if inHand.isAlone { await putBack(inHand) } else { await release(inHand) }
         }
         metrics.handled(outcome, since: start)
     }
@@ -217,7 +224,30 @@ struct DeliveryProcessor: Sendable {
         log(
             "message may have killed its consumers", inHand.delivery,
             reason: "\(inHand.deaths) deliveries without an answer")
-        return await replace(inHand, by: copy, otherwise: .reject) ? .isolated : .unsettled
+        guard await replace(inHand, by: copy, otherwise: .reject) else { return .unsettled }
+        // Only then may the copy be handled, which may end this process: otherwise both would come again.
+        try? await inHand.source.flushSettlements(deadline: .now + subscription.deadline)
+        return .isolated
+    }
+
+    /// Has a suspect that was not handled, or not to the end, come again, without a death more. On the way out, when the task is
+    /// cancelled.
+    func putBack(_ inHand: DeliveryInHand) async {
+        let copy = inHand.delivery.copy(
+            to: ExchangeName.requeue, queue: subscription.queue.suspectQueue,
+            headers: [
+                HistoryHeader.attempts: .integer(Int64(inHand.delivery.failedAttempts)),
+                HistoryHeader.deaths: .integer(Int64(inHand.deaths)),
+            ])
+        await release(inHand)
+        do {
+            let isRouted = try await whateverHappens { [transport] in
+                try await transport.publish(copy, deadline: .now + .seconds(1))
+            }
+            if isRouted { _ = settle(inHand, .acknowledge) }
+        } catch {
+            log("a suspect could not be put back, and will count one death more", inHand.delivery, reason: "\(error)")
+        }
     }
 
     /// Puts the message aside, with its history.
@@ -321,6 +351,7 @@ struct DeliveryProcessor: Sendable {
     private func settle(_ inHand: DeliveryInHand, _ settlement: Settlement) -> Bool {
         do {
             try inHand.source.settle(inHand.delivery, settlement)
+            if settlement == .requeue { inHand.wasGivenBack = true }
             return true
         } catch {
             log("delivery could not be settled and will come again", inHand.delivery, reason: "\(error)")

@@ -13,6 +13,9 @@ protocol DeliverySource: Sendable {
     /// Settles a delivery, as ``TransportConsumer/settle(_:_:)`` does.
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws
 
+    /// Returns once the broker has what was settled so far, as ``TransportConsumer/flushSettlements(deadline:)`` does.
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws
+
     /// Whether the deliveries behind this one wait until it is settled.
     func isOrdered(_ delivery: InboundDelivery) -> Bool
 
@@ -33,6 +36,10 @@ struct UnorderedSource: DeliverySource {
 
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws {
         try consumer.settle(delivery, settlement)
+    }
+
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws {
+        try await consumer.flushSettlements(deadline: deadline)
     }
 
     func isOrdered(_ delivery: InboundDelivery) -> Bool { false }

@@ -117,10 +117,18 @@ public final class EventSubscriber: Service {
         let warning: String? =
             waiting >= subscription.unsettledLimit - subscription.concurrency && waiting > 0
             ? "fetches no more: \(waiting) events wait behind slow or failing ones of their ordering keys" : nil
+        let pending = processor.pending.problem
+        let isBlocked = (pending?.count ?? 0) >= subscription.concurrency
+        let hasStuckSuspect = state.withLock { $0.runners.dropFirst().contains { $0.overdueCount > 0 } }
+        let warnings = [
+            warning, isBlocked ? nil : pending?.text,
+            hasStuckSuspect
+                ? "has a handler past its deadline that runs alone: \(subscription.queue.suspectQueue) waits" : nil,
+        ]
         let subject = "subscription \(subscription.queue)"
         return Health(
-            problems: [problem, processor.pending.problem].compactMap { $0 }.map { "\(subject) \($0)" },
-            warnings: warning.map { ["\(subject) \($0)"] } ?? [])
+            problems: [problem, isBlocked ? pending?.text : nil].compactMap { $0 }.map { "\(subject) \($0)" },
+            warnings: warnings.compactMap { $0 }.map { "\(subject) \($0)" })
     }
 
     private var isStuck: Bool {

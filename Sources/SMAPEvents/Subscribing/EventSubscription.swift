@@ -17,11 +17,11 @@ public struct EventSubscription: Sendable {
     public var retry: RetryPolicy
     /// How often a message may die alone before it is dead-lettered as `poison`, 3 by default; 1 or more.
     ///
-    /// A message that has come three times without an answer (20 times with ``orderingKey``; on a classic queue, which does not
-    /// count, once) may be what kills its consumers. It is moved to the queue `<queue>.suspects`, from which one process at a
-    /// time handles one message at a time, with no other handler of the subscription beside it: so no other message pays for it,
-    /// and none is dead-lettered because of what others did. What this process has given back or lost with a connection does
-    /// not count.
+    /// A message that has come three times without an answer (20 times with ``orderingKey``) may be what kills its consumers. It is
+    /// moved to the queue `<queue>.suspects`, from which one process at a time handles one message at a time, with no other
+    /// handler of the subscription beside it, and out of its order: so no other message pays for it, and none is dead-lettered
+    /// because of what others did. What this process has given back or lost with a connection does not count. A classic queue
+    /// does not count deliveries: there each process begins with one message alone, and puts none aside.
     public var maximumRedeliveries = 3
     /// How long a handler may take, 60 s by default. Then its task is cancelled, and the delivery goes to retry. A handler
     /// that ignores its cancellation keeps its place until it ends; when all places are held so, the subscription is not
@@ -100,10 +100,14 @@ public struct EventSubscription: Sendable {
     var unsettledLimit: Int { prefetch + (orderingKey == nil ? 0 : orderedBacklog) }
 
     /// Whether messages that may have killed their consumers are handled alone. Not where another consumer's queue is looked at.
-    package var isolatesSuspects = true
+    package var isolatesSuspects: Bool {
+        get { isolates && kind == .quorum }
+        set { isolates = newValue }
+    }
+    private var isolates = true
 
     /// After so many unanswered deliveries a message may be what kills its consumers.
-    var suspicion: Int { kind == .quorum ? 3 : 1 }
+    let suspicion = 3
 
     /// After so many it is handled alone. There it is out of its order: so where there is one, only what can hardly have another
     /// reason, such as deployments while it waited.

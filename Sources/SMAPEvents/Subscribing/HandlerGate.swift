@@ -14,7 +14,8 @@ final class HandlerGate: Sendable {
 
     private let state = Mutex(State())
 
-    /// A handler may run beside others; waits while one runs alone. Returns as well when the task is cancelled.
+    /// A handler may run beside others; waits while one runs alone. Returns as well when the task is cancelled. It counts until
+    /// ``leave()`` is called, once: when the handler has ended, or its time was up.
     func enter() async {
         await wait { state in
             guard state.lone == 0 else { return false }
@@ -25,11 +26,11 @@ final class HandlerGate: Sendable {
         }
     }
 
-    /// A handler has ended that ran beside others.
+    /// A handler that ran beside others has ended, or its time was up.
     func leave() { change { $0.running -= 1 } }
 
-    /// A handler may run alone; waits for those that run, and keeps others from beginning. Handlers that ignore their deadlines
-    /// are not waited for.
+    /// A handler may run alone; waits for those that run, for up to `limit`, and keeps others from beginning. Those whose time was
+    /// up are not waited for.
     func enterAlone(within limit: Duration, _ stopwatch: Stopwatch) async {
         state.withLock { $0.lone += 1 }
         await withTaskGroup { group in

@@ -121,6 +121,10 @@ final class PartitionedConsumer: DeliverySource {
         try consumer.settle(delivery, settlement)
     }
 
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws {
+        try await consumer.flushSettlements(deadline: deadline)
+    }
+
     func isOrdered(_ delivery: InboundDelivery) -> Bool { state.withLock { $0.keys[delivery.tag] != nil } }
 
     func scheduleRetry(_ delivery: InboundDelivery, after pause: Duration) {

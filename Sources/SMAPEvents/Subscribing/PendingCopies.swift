@@ -37,20 +37,21 @@ final class PendingCopies: Sendable {
     /// It is confirmed, or given up.
     func end(_ id: UInt64) { change { $0.copies[id] = nil } }
 
-    /// What is wrong, if anything is.
-    var problem: String? {
+    /// What is wrong, if anything is, and for how many events.
+    var problem: (text: String, count: Int)? {
         let now = ContinuousClock.now
         return state.withLock { state in
             let overdue = state.copies.values.filter { $0.reason != nil || $0.limit < now }
             guard let first = overdue.first(where: { $0.reason != nil }) ?? overdue.first else { return nil }
-            return "cannot retry or dead-letter \(overdue.count) events: "
-                + (first.reason ?? "the broker does not confirm the copies")
+            let reason = first.reason ?? "the broker does not confirm the copies"
+            return ("cannot retry or dead-letter \(overdue.count) events: \(reason)", overdue.count)
         }
     }
 
     private func change<Result>(_ body: (inout State) -> Result) -> Result {
-        let (result, count) = state.withLock { (body(&$0), $0.copies.count) }
-        gauge.record(count)
-        return result
+        state.withLock { state in
+            defer { gauge.record(state.copies.count) }
+            return body(&state)
+        }
     }
 }

@@ -109,9 +109,9 @@ final class SubscriptionRunner: Sendable {
         while !Task.isShuttingDownGracefully {
             isConsuming.store(false, ordering: .relaxed)
             do {
-                try await cancelWhenGracefulShutdown { try await self.declare() }
-                let isCautious = isCautious.load(ordering: .relaxed)
                 let isResumed = failures > 0
+                try await cancelWhenGracefulShutdown { try await self.declare(isResumed: isResumed) }
+                let isCautious = isCautious.load(ordering: .relaxed)
                 let end = try await context.transport.withConsumer(
                     on: queue, prefetch: isCautious || role == .suspects ? 1 : subscription.unsettledLimit,
                     deadline: .now + subscription.deadline
@@ -151,7 +151,7 @@ final class SubscriptionRunner: Sendable {
     }
 
     /// The runner of the subscription's queue declares for both.
-    private func declare() async throws {
+    private func declare(isResumed: Bool) async throws {
         switch role {
         case .main:
             try await subscription.topology.apply(to: context.transport, deadline: subscription.deadline)
@@ -159,6 +159,10 @@ final class SubscriptionRunner: Sendable {
         case .suspects:
             await context.isDeclared.wait()
             try Task.checkCancellation()
+            // An operator may have deleted it.
+            if isResumed {
+                try await subscription.topology.apply(to: context.transport, deadline: subscription.deadline)
+            }
         }
     }
 
@@ -188,8 +192,11 @@ final class SubscriptionRunner: Sendable {
         }
         let partitioned = PartitionedConsumer(
             consumer, keys: context.keys, stopwatch: context.stopwatch, renewal: renewal
-        ) { [context] delivery in
-            guard let orderingKey = context.subscription.orderingKey else { return nil }
+        ) { [self] delivery in
+            // The key of a suspect is not asked for: reading it may be what kills this process.
+            guard let orderingKey = subscription.orderingKey,
+                delivery.earlierDeaths + deaths(delivery) < subscription.isolationThreshold
+            else { return nil }
             return (try? context.processor.router.envelope(of: delivery.restored())).flatMap(orderingKey.key)
         } whenBusy: { [self] in
             // What is handled alone would hold up all keys, while it waits for a handler of the last consumer.
@@ -323,67 +330,116 @@ final class SubscriptionRunner: Sendable {
         }
     }
 
+    /// How often consumers have died with a delivery since it was put into its queue, as far as is known.
+    private func deaths(_ delivery: InboundDelivery) -> Int {
+        max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
+    }
+
     /// Takes one delivery from its consumer to its settlement.
     private func handle(
         _ delivery: InboundDelivery, _ offer: ConsumerIntake.Offer, _ pool: HandlerPool, _ worker: Int
     ) async -> Next {
-        let redeliveries = max(0, delivery.redeliveries - returns.load(ordering: .relaxed))
-        let start: ContinuousClock.Instant
-        let inHand: DeliveryInHand
+        let start = ContinuousClock.now
+        let deaths = deaths(delivery)
+        let inHand = DeliveryInHand(
+            delivery.restored(), offer, isAlone: role == .suspects,
+            earlierDeaths: role == .suspects
+                ? max(subscription.suspicion, delivery.earlierDeaths) : delivery.earlierDeaths, redeliveries: deaths)
         let verdict: DeliveryProcessor.Verdict
+        var isInGate = false
         do {
             defer { offer.source.handlerEnded(delivery) }
             // One that was in hand when a consumer died must first be answered: it may kill this one too.
-            if redeliveries == 0, !subscription.isSingleActive { widen(offer) }
-            var isTrial = false
-            if let breaker = context.breaker {
-                switch await breaker.admit() {
-                case .refused: return .end
-                case .trial: isTrial = true
-                case .granted: break
-                }
-                // It comes again if its consumer has ended meanwhile.
-                guard intake.isCurrent(offer) else {
-                    if isTrial { breaker.trialEnded() }
-                    return .consumer
-                }
-            }
-            start = .now
-            let earlierDeaths =
-                role == .suspects ? max(subscription.suspicion, delivery.earlierDeaths) : delivery.earlierDeaths
-            inHand = DeliveryInHand(
-                delivery.restored(), offer.source, isTrial: isTrial, isAlone: role == .suspects,
-                earlierDeaths: earlierDeaths, redeliveries: redeliveries)
+            if deaths == 0, !subscription.isSingleActive { widen(offer) }
+            if let next = await admission(of: inHand) { return next }
             pool.hold(inHand, worker)
-            switch role {
-            case .main:
-                await context.gate.enter()
-                defer { context.gate.leave() }
-                verdict = await context.processor.verdict(on: inHand)
-            case .suspects:
-                hasHandled.open()
-                context.logger.notice(
-                    "a message that may have killed its consumers is handled alone",
-                    metadata: ["queue": "\(queue)", "event_id": "\(delivery.properties.messageID ?? "")"])
-                await context.gate.enterAlone(within: subscription.handlerDeadline, context.stopwatch)
+            if let early = context.processor.earlyVerdict(on: inHand) {
+                verdict = early
+            } else {
+                isInGate = true
+                if role == .suspects {
+                    hasHandled.open()
+                    context.logger.notice(
+                        "a message that may have killed its consumers is handled alone",
+                        metadata: ["queue": "\(queue)", "event_id": "\(delivery.properties.messageID ?? "")"])
+                    await context.gate.enterAlone(within: subscription.handlerDeadline, context.stopwatch)
+                } else {
+                    await context.gate.enter()
+                }
                 verdict = await context.processor.verdict(on: inHand)
             }
         }
         // Otherwise its time was up, it is being retried, and this worker is replaced.
         guard inHand.decide() else { return .end }
-        if inHand.isAlone { context.gate.leaveAlone() }
+        if isInGate { leaveGate(inHand) }
         // Before it is settled, so that no other one is on its way meanwhile. One that was cut short has told nothing.
         if case .abandon = verdict {} else { widen(offer) }
         // Before it is settled: in a trial the broker sends the next one only then.
         record(verdict, inHand)
         if verdict.needsCopy {
             // The copy may take its time: the handler's place is free for others, within the prefetch.
-            pool.conclude { [context] in await context.processor.conclude(inHand, verdict, since: start) }
+            if case .isolate = verdict {
+                // No suspect is handled before the original is gone.
+                await context.gate.enter()
+                pool.conclude { [self] in
+                    await conclude(inHand, verdict, since: start)
+                    context.gate.leave()
+                }
+            } else {
+                pool.conclude { [self] in await conclude(inHand, verdict, since: start) }
+            }
         } else {
-            await context.processor.conclude(inHand, verdict, since: start)
+            await conclude(inHand, verdict, since: start)
         }
         pool.hold(nil, worker)
         return .delivery
+    }
+
+    /// Asks the circuit breaker. Nil if the delivery may be handled.
+    private func admission(of inHand: DeliveryInHand) async -> Next? {
+        guard let breaker = context.breaker else { return nil }
+        var admission: CircuitBreaker.Admission? = nil
+        if role == .main {
+            admission = await breaker.admit()
+        } else {
+            // It is not held for so long that the broker takes it back, which would count as a death.
+            admission = await withTaskGroup(of: CircuitBreaker.Admission?.self) { [context] group in
+                group.addTask { await breaker.admit() }
+                group.addTask {
+                    let limit = context.stopwatch.elapsed() + DeliveryProcessor.holdLimit
+                    return (try? await context.stopwatch.sleepUntil(limit)) == nil ? .refused : nil
+                }
+                let first = await group.next() ?? nil
+                group.cancelAll()
+                // One that was admitted just then is not tried.
+                if first == nil, case .trial? = await group.next() ?? nil { breaker.trialEnded() }
+                return first
+            }
+        }
+        switch admission {
+        case .granted: break
+        case .trial: inHand.isTrial = true
+        case .refused, nil:
+            if role == .suspects { await context.processor.putBack(inHand) }
+            return admission == nil ? .delivery : .end
+        }
+        // It comes again if its consumer has ended meanwhile.
+        guard intake.isCurrent(inHand.offer) else {
+            if inHand.isTrial { breaker.trialEnded() }
+            return .consumer
+        }
+        return nil
+    }
+
+    private func leaveGate(_ inHand: DeliveryInHand) {
+        if inHand.isAlone { context.gate.leaveAlone() } else { context.gate.leave() }
+    }
+
+    private func conclude(
+        _ inHand: DeliveryInHand, _ verdict: DeliveryProcessor.Verdict, since start: ContinuousClock.Instant
+    ) async {
+        await context.processor.conclude(inHand, verdict, since: start)
+        if inHand.wasGivenBack { returns.add(1, ordering: .relaxed) }
     }
 
     /// Has more than one delivery at a time from now on.
@@ -418,11 +474,13 @@ final class SubscriptionRunner: Sendable {
             let (overdue, next) = pool.takeOverdue(now: now)
             for inHand in overdue {
                 context.processor.log("handler is past its deadline", inHand.delivery, reason: "\(limit)")
-                if inHand.isAlone { context.gate.leaveAlone() }
+                leaveGate(inHand)
+                // It has answered, if not in time.
+                widen(inHand.offer)
                 let verdict = DeliveryProcessor.Verdict.retry(nil, cause: "handlerDeadline")
                 record(verdict, inHand)
-                pool.conclude(isCounted: true) { [context] in
-                    await context.processor.conclude(inHand, verdict, since: .now - limit)
+                pool.conclude(isCounted: true) { [self] in
+                    await conclude(inHand, verdict, since: .now - limit)
                 }
             }
             if role == .main { context.metrics.overdue(pool.load.overdue) }

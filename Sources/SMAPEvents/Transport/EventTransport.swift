@@ -140,6 +140,9 @@ public protocol TransportConsumer: Sendable {
     /// gone; then the broker delivers it again.
     func settle(_ delivery: InboundDelivery, _ settlement: Settlement) throws
 
+    /// Returns once the broker has what was settled so far: what happens to this process later does not bring it again.
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws
+
     /// Returns once the consumer has been stopped; throws why it ended otherwise, also while no task waits for a delivery.
     func untilEnded() async throws
 

@@ -25,6 +25,8 @@ public struct InboundDelivery: Sendable {
     public let receivedAt: Date
     /// All of its headers as they came, if the transport has them so.
     package let headerTable: HeaderTable?
+    /// Those of its properties that are no UTF-8, as they came, by their names in AMQP. Nearly always there are none.
+    package let rawTexts: [String: [UInt8]]
     /// How many attempts at handling it have failed, as a copy of it remembers.
     package let failedAttempts: Int
     /// Whether it is a copy that a subscriber has made, whose headers about that can be believed.
@@ -42,8 +44,8 @@ public struct InboundDelivery: Sendable {
 
     package init(
         tag: UInt64, exchange: String, routingKey: String, isRedelivered: Bool, properties: MessageProperties,
-        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool, headerTable: HeaderTable?, failedAttempts: Int = 0,
-        isCopy: Bool = false
+        body: [UInt8], receivedAt: Date = Date(), isTruncated: Bool, headerTable: HeaderTable?,
+        rawTexts: [String: [UInt8]] = [:], failedAttempts: Int = 0, isCopy: Bool = false
     ) {
         self.isCopy = isCopy
         self.tag = tag
@@ -55,6 +57,7 @@ public struct InboundDelivery: Sendable {
         self.receivedAt = receivedAt
         self.isTruncated = isTruncated
         self.headerTable = headerTable
+        self.rawTexts = rawTexts
         self.failedAttempts = failedAttempts
     }
 

@@ -15,6 +15,9 @@ public struct OutboundMessage: Sendable, Hashable {
     package private(set) var content: Content
     /// The headers of a copy, which are sent instead of those in ``properties``: they hold what that cannot express.
     package private(set) var headerTable: HeaderTable?
+    /// Properties of a copy that are no UTF-8, by their names in AMQP: they are sent instead of the texts in ``properties``,
+    /// which are repaired, and longer.
+    package private(set) var rawTexts: [String: [UInt8]] = [:]
     /// The message itself.
     public var body: [UInt8]
 
@@ -55,6 +58,7 @@ public struct OutboundMessage: Sendable, Hashable {
         set {
             content = .own(exchange: exchange, routingKey: routingKey, newValue)
             headerTable = nil
+            rawTexts = [:]
         }
     }
 
@@ -66,10 +70,12 @@ public struct OutboundMessage: Sendable, Hashable {
 
     /// A copy of a message that was received, whatever its headers are.
     package init(
-        copyTo exchange: String, routingKey: String, properties: MessageProperties, headers: HeaderTable, body: [UInt8]
+        copyTo exchange: String, routingKey: String, properties: MessageProperties, headers: HeaderTable,
+        rawTexts: [String: [UInt8]] = [:], body: [UInt8]
     ) {
         content = .own(exchange: exchange, routingKey: routingKey, properties)
         headerTable = headers
+        self.rawTexts = rawTexts
         self.body = body
     }
 
@@ -82,7 +88,7 @@ public struct OutboundMessage: Sendable, Hashable {
     /// Whether two messages are the same on the wire.
     public static func == (left: OutboundMessage, right: OutboundMessage) -> Bool {
         left.exchange == right.exchange && left.routingKey == right.routingKey && left.properties == right.properties
-            && left.headerTable == right.headerTable && left.body == right.body
+            && left.headerTable == right.headerTable && left.rawTexts == right.rawTexts && left.body == right.body
     }
 
     /// Hashes what is sent.
@@ -103,21 +109,15 @@ public struct OutboundMessage: Sendable, Hashable {
     /// headers `CC` and `BCC`, which route a message beyond its key. Throws ``EventsError/Code/invalidEvent`` or
     /// ``EventsError/Code/eventTooLarge``, naming the field.
     ///
-    /// What is copied was taken by a broker before, and is not looked at again.
+    /// Of a copy only the sizes are checked: a broker has taken the original.
     package func validate() throws {
-        if let headerTable {
-            guard headerTable.bytes.count <= Self.headerLimit else {
-                throw EventsError(
-                    .eventTooLarge, "the headers have more than \(Self.headerLimit) bytes", operation: "publish")
-            }
-            return
-        }
+        let isCopy = headerTable != nil
         func check(_ text: String?, _ field: @autoclosure () -> String, limit: Int = 255) throws {
-            guard let text else { return }
+            guard let text, rawTexts.isEmpty || rawTexts[field()] == nil else { return }
             guard text.utf8.count <= limit else {
                 throw EventsError(.eventTooLarge, "\(field()) has more than \(limit) bytes", operation: "publish")
             }
-            guard Self.isPlain(text) else {
+            guard isCopy || Self.isPlain(text) else {
                 throw EventsError(.invalidEvent, "\(field()) has a control character", operation: "publish")
             }
         }
@@ -132,8 +132,8 @@ public struct OutboundMessage: Sendable, Hashable {
         try check(properties.contentEncoding, "content_encoding")
         try check(properties.expiration, "expiration")
         try check(properties.userID, "user_id")
-        var size = 0
-        for (name, value) in properties.headers {
+        var size = headerTable?.bytes.count ?? 0
+        for (name, value) in isCopy ? [:] : properties.headers {
             try check(name, "a header's name", limit: 128)
             guard name.lowercased() != "cc", name.lowercased() != "bcc" else {
                 throw EventsError(.invalidEvent, "a header \(name) is not sent", operation: "publish")

@@ -383,6 +383,9 @@ final class InMemoryConsumer: TransportConsumer {
         try broker.settle(delivery.tag, of: self, settlement)
     }
 
+    /// Settlements are carried out at once.
+    func flushSettlements(deadline: ContinuousClock.Instant) async throws {}
+
     func untilEnded() async throws { try await buffer.untilEnded() }
 
     func stop() async { broker.stop(self) }
