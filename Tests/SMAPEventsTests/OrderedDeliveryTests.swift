@@ -272,4 +272,67 @@ private let queue: QueueName = "test.ordered"
             #expect(log.all == ["a 0", "a 1"] + (2...9).map { "b \($0)" })
         }
     }
+
+    @Test(arguments: [false, true])
+    func `a first handler that is out of time, and deaf, holds up no other key`(isSingleActive: Bool) async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number)")
+                // Deaf to cancellation: it waits in a task of its own.
+                if delivery.event.number == 1 { await Task { for await _ in released { break } }.value }
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.isSingleActive = isSingleActive
+                $0.handlerDeadline = .seconds(30)
+            }
+            try await harness.withSubscriber(subscription, router) {
+                try await publish("a", 1, harness)
+                try await until { log.all == ["1"] }
+                for number in 2...4 { try await publish("b", number, harness) }
+                try await until {
+                    clock.advance(by: .seconds(1))
+                    return Set(log.all) == ["1", "2", "3", "4"]
+                }
+                release.finish()
+                try await until {
+                    clock.advance(by: .seconds(1))
+                    return harness.broker.isSettled(queue)
+                }
+            }
+        }
+    }
+
+    @Test func `the key of a message that may have killed its consumers is not asked for`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("handled \(delivery.event.number)")
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.orderingKey = .init { envelope in
+                    log.add("asked")
+                    return envelope.projectID?.rawValue
+                }
+            }
+            try await harness.withSubscriber(subscription, router) {}
+            try await publish("a", 1, harness)
+            for _ in 0..<20 {
+                try await harness.broker.withConsumer(on: queue, prefetch: 1, deadline: .now + .seconds(5)) {
+                    _ = try await $0.next()
+                }
+            }
+            try await harness.withSubscriber(subscription, router) {
+                try await until { log.all.contains("handled 1") }
+                try await harness.settled(queue.suspectQueue)
+            }
+            #expect(log.all == ["handled 1"])
+        }
+    }
 }

@@ -181,4 +181,74 @@ private let queue: QueueName = "test.suspected"
             }
         }
     }
+
+    /// A suspect, as a subscriber moves one.
+    private func publishSuspect(_ number: Int, _ harness: EventsTestHarness) async throws {
+        let event = EventEnvelope(
+            routingKey: Numbered.routingKey, service: "s", schemaVersion: 1,
+            data: Array("{\"number\":\(number)}".utf8))
+        _ = try await harness.broker.publish(
+            OutboundMessage(
+                exchange: ExchangeName.requeue, routingKey: queue.suspectQueue.rawValue,
+                properties: MessageProperties(headers: [
+                    "x-smap-original-key": .string(Numbered.routingKey.rawValue),
+                    "x-smap-original-exchange": .string(ExchangeName.events),
+                ]), body: try event.serialized()), deadline: .now + .seconds(5))
+    }
+
+    @Test func `a suspect that deployments interrupt again and again is not put aside for that`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let log = Log()
+            let mayEnd = Mutex(false)
+            var router = EventRouter()
+            router.on(Numbered.self) { _ in
+                log.add("begin")
+                if !mayEnd.withLock({ $0 }) { try await Task.sleep(for: .seconds(600)) }
+                log.add("end")
+                return .acknowledge
+            }
+            let subscription = subscription { $0.drainTimeout = .zero }
+            try await harness.withSubscriber(subscription, router) {}
+            try await publishSuspect(1, harness)
+            for round in 1...6 {
+                try await harness.withSubscriber(subscription, router) {
+                    try await until { log.all.count == round }
+                }
+            }
+            mayEnd.withLock { $0 = true }
+            try await harness.withSubscriber(subscription, router) {
+                try await until { log.all.last == "end" }
+                try await harness.settled(queue.suspectQueue)
+            }
+            #expect(harness.broker.messages(in: queue.deadLetterQueue).isEmpty)
+        }
+    }
+
+    @Test func `a handler that is out of time, and deaf, keeps no suspect waiting`() async throws {
+        let clock = ManualClock()
+        try await EventsTestHarness.withHarness(clock: clock) { harness in
+            let log = Log()
+            let (released, release) = AsyncStream.makeStream(of: Void.self)
+            var router = EventRouter()
+            router.on(Numbered.self) { delivery in
+                log.add("\(delivery.event.number)")
+                if delivery.event.number == 1 { await Task { for await _ in released { break } }.value }
+                return .acknowledge
+            }
+            let subscription = subscription {
+                $0.handlerDeadline = .seconds(30)
+                $0.retry = RetryPolicy(rungs: [.seconds(900)])
+            }
+            try await harness.withSubscriber(subscription, router) {
+                try await harness.publisher.publish(Numbered(number: 1))
+                try await until { log.all == ["1"] }
+                clock.advance(by: .seconds(30))
+                try await until { harness.broker.messages(in: "smap.retry.900s").count == 1 }
+                // No time passes from here on.
+                for number in 2...4 { try await publishSuspect(number, harness) }
+                try await until { log.all == ["1", "2", "3", "4"] }
+                release.finish()
+            }
+        }
+    }
 }

@@ -81,16 +81,14 @@ final class SubscriptionRunner: Sendable {
                     try await group.next()
                 }
             } onCancel: {
-                pool.cancel()
+                // A suspect that is put back is not to come again to this consumer: that is stopped first.
+                if role == .main { pool.cancel() }
             }
             result = .success(())
         } catch {
             result = .failure(error)
         }
-        // Handlers that still run have used up their time.
-        pool.cancel()
-        // Not in this task, which may be cancelled: then nothing would be waited for.
-        await Task { await pool.until(within: .seconds(1)) { $0.workers == 0 && $0.concluding == 0 } }.value
+        await cancelHandlers(pool)
         // It holds this runner too.
         self.pool.withLock { $0 = nil }
         try result.get()
@@ -234,22 +232,31 @@ final class SubscriptionRunner: Sendable {
         stop: @escaping @Sendable () async -> Void
     ) async throws -> End {
         defer { intake.withdraw(offer) }
-        let end = try await withThrowingTaskGroup(of: End.self) { group in
-            group.addTask {
-                try await consumer.untilEnded()
-                return .shutdown
+        let end: End
+        do {
+            end = try await withThrowingTaskGroup(of: End.self) { group in
+                group.addTask {
+                    try await consumer.untilEnded()
+                    return .shutdown
+                }
+                group.addTask {
+                    try await gracefulShutdown()
+                    return .shutdown
+                }
+                group.addTask {
+                    await offer.renewal.wait()
+                    try Task.checkCancellation()
+                    return .renewal
+                }
+                defer { group.cancelAll() }
+                return try await group.next() ?? .shutdown
             }
-            group.addTask {
-                try await gracefulShutdown()
-                return .shutdown
-            }
-            group.addTask {
-                await offer.renewal.wait()
-                try Task.checkCancellation()
-                return .renewal
-            }
-            defer { group.cancelAll() }
-            return try await group.next() ?? .shutdown
+        } catch is CancellationError {
+            // The channel stays open until the handlers have noticed, so that what is put back can be settled; and that is not to come
+            // back to this consumer.
+            if role == .suspects { await Task { await stop() }.value }
+            await cancelHandlers(pool)
+            throw CancellationError()
         }
         // The channel stays open while handlers finish, so that what they decide still goes out.
         if end == .renewal {
@@ -277,11 +284,19 @@ final class SubscriptionRunner: Sendable {
         return .shutdown
     }
 
-    /// Lets the handlers finish what they have in hand, and no more.
+    /// Lets the handlers finish what they have in hand, and no more. Those that go on have used up their time.
     private func drain(_ pool: HandlerPool) async {
         intake.finish()
         context.breaker?.stop()
         await pool.until(within: subscription.drainTimeout) { $0.workers == 0 && $0.concluding == 0 }
+        await cancelHandlers(pool)
+    }
+
+    /// Cancels the handlers, and gives them a second to notice.
+    private func cancelHandlers(_ pool: HandlerPool) async {
+        pool.cancel()
+        // Not in this task, which may be cancelled: then nothing would be waited for.
+        await Task { await pool.until(within: .seconds(1)) { $0.workers == 0 && $0.concluding == 0 } }.value
     }
 
     /// Lets one delivery be tried after each pause of the circuit breaker.
