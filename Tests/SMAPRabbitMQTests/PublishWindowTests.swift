@@ -555,7 +555,10 @@ private final class Bench {
 
     @Test(arguments: [
         (AMQPFailure.closedByBroker(code: 320, text: "", method: 0), AMQPFailure.Cause.other),
-        (.closedByBroker(code: 541, text: "", method: 0), .other),
+        (.closedByBroker(code: 541, text: "", method: 0), .unexplained),
+        (.closedByBroker(code: 541, text: "", method: 0x0032_000A), .other),
+        (.closedByBroker(code: 313, text: "", method: 0), .other),
+        (.closedByBroker(code: 506, text: "", method: 0), .other),
         (.closedByBroker(code: 403, text: "", method: 0x0032_000A), .other),
         (.closedByBroker(code: 501, text: "", method: 0x003C_0028), .message),
         (.closedByBroker(code: 501, text: "", method: 0), .message),

@@ -1208,12 +1208,14 @@ import Waiting
         }
     }
 
-    @Test func `a message that ends each connection without a reason is found, and the others are confirmed`()
-        async throws
-    {
+    @Test(arguments: ["INTERNAL_ERROR", "loss"])
+    func `a message that ends each connection without a reason is found, and the others are confirmed`(
+        kind: String
+    ) async throws {
         try await withTransport { received, connection in
-            if received.publish?.routingKey == "bad.a" { connection.shut() }
-            return received.publish?.routingKey == "bad.a"
+            guard received.publish?.routingKey == "bad.a" else { return false }
+            if kind == "loss" { connection.shut() } else { connection.closeConnection(code: 541, text: kind) }
+            return true
         } body: { transport, _ in
             let messages = (0..<51).map { message($0 == 25 ? "bad.a" : "good.a") }
             let ends = await publish(messages, over: transport, deadline: 15)
