@@ -69,13 +69,14 @@ struct SuspectSearch {
         longest = max(
             publish.writtenAt.duration(to: now), longest - answeredAt.duration(to: now) / Self.forgetting)
         answeredAt = now
-        guard publish.isSuspect else { return }
-        if publish.isLeft {
+        if publish.isSuspect, publish.isLeft {
             left -= 1
-        } else {
+        } else if publish.isSuspect {
             onWire -= 1
             if onWire == 0 { testEnded() } else { limit = now.advanced(by: patience) }
         }
+        // Suspects wait for this one too, and there may be many more before them.
+        if onWire == 0, limit != .distantFuture { limit = now.advanced(by: patience) }
     }
 
     /// A connection has ended.

@@ -573,6 +573,24 @@ private final class Bench {
         #expect(AMQPFailure.cause(of: SocketError(.interrupted, "closed"), hasRequests: false) == .other)
     }
 
+    @Test func `what stands before a suspect may take its time as long as the broker answers`() throws {
+        let bench = Bench()
+        try bench.submit(1)
+        for _ in 0..<3 {
+            #expect(bench.write() == [1])
+            bench.lose()
+        }
+        for id in 2...6 { try bench.submit(id) }
+        #expect(bench.write() == [2, 3, 4, 5, 6])
+        #expect(bench.write().isEmpty, "the suspect waits for them")
+        for tag in 1...5 {
+            bench.now = bench.now.advanced(by: .milliseconds(1_500))
+            #expect(!bench.needsReset)
+            #expect(bench.confirm(UInt64(tag)))
+        }
+        #expect(bench.write() == [1])
+    }
+
     @Test func `a message whose header is larger than the broker's frames fails alone`() throws {
         let bench = Bench()
         try bench.submit(1)
