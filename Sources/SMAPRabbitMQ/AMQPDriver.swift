@@ -310,15 +310,19 @@ final class AMQPDriver: ConnectionDriver {
                 connection.restorationFailed(operation, error, endedConnection: true)
             default: break
             }
-            switch unnamedStepInFlight(error) {
-            case .request(let request):
-                let losses = request.losses.add(1, ordering: .relaxed).newValue
-                if losses >= DeclaredTopology.lossLimit { blamed = request }
-            case .restored(let operation): connection.restorationLost(operation, error)
-            default: break
-            }
             // Without a name, a message is to blame only where there was nothing else.
-            let cause = AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
+            let cause =
+                connection.hasStalled
+                ? .other : AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
+            if cause == .unexplained {
+                switch unnamedStepInFlight(error) {
+                case .request(let request):
+                    let losses = request.losses.add(1, ordering: .relaxed).newValue
+                    if losses >= DeclaredTopology.lossLimit { blamed = request }
+                case .restored(let operation): connection.restorationLost(operation, error)
+                default: break
+                }
+            }
             connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, cause: cause)
         } else {
             sayGoodbye()
