@@ -323,7 +323,10 @@ final class AMQPDriver: ConnectionDriver {
                 default: break
                 }
             }
-            connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, cause: cause)
+            // Where there is not even a close, a declaration that is under way is as likely.
+            let isDeclaring = (error is SocketError || error is TLSError) && topology.oldestDeclaration != nil
+            connection.ended(
+                error, sentBytes: stream.sentCount, blamed: blamed, cause: isDeclaring ? .other : cause)
         } else {
             sayGoodbye()
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))

@@ -1225,6 +1225,41 @@ import Waiting
         }
     }
 
+    @Test func `messages are not suspected where a declaration may have ended the connections`() async throws {
+        let counts = Mutex<[Int: (publishes: Int, declarations: Int)]>([:])
+        try await withTransport { received, connection in
+            var (isPublish, isDeclaration) = (false, false)
+            switch received.kind {
+            case .publish: isPublish = true
+            case .declareQueue: isDeclaration = true
+            default: return false
+            }
+            let count = counts.withLock { counts in
+                var count = counts[received.connection] ?? (0, 0)
+                if isPublish { count.publishes += 1 }
+                if isDeclaration { count.declarations += 1 }
+                counts[received.connection] = count
+                return count
+            }
+            if received.connection <= 3 {
+                if count == (2, 1) { connection.shut() }
+            } else if count.publishes == 2, isPublish {
+                connection.ack(channel: received.channel, tag: 2, multiple: true)
+            }
+            return true
+        } body: { transport, broker in
+            async let declared: String = end {
+                try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+                return true
+            }
+            let ends = await publish([message(), message()], over: transport)
+            #expect(ends == ["routed", "routed"])
+            _ = await declared
+            #expect(!broker.received.contains { if case .channelClose = $0.kind { true } else { false } })
+            #expect(broker.acceptedCount == 4)
+        }
+    }
+
     @Test func `a broker that closes connections for its own reasons costs no message`() async throws {
         try await withTransport { received, connection in
             guard received.publish != nil, received.connection <= 5 else { return false }
