@@ -328,6 +328,12 @@ final class AMQPDriver: ConnectionDriver {
             connection.ended(
                 error, sentBytes: stream.sentCount, blamed: blamed, cause: isDeclaring ? .other : cause)
         } else {
+            // What waited until a consumer is widened waits no longer.
+            for channel in channels.values where channel.isOpen {
+                if case .consuming(let consumer) = channel.role {
+                    sendSettlements(of: consumer, on: channel, isLast: true)
+                }
+            }
             sayGoodbye()
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))
         }

@@ -97,6 +97,33 @@ extension TransportFaultTests {
         }
     }
 
+    @Test func `what was settled while a consumer was widened is sent before the transport closes`() async throws {
+        try await withTransport { received, connection in
+            if case .consume(_, let tag) = received.kind {
+                connection.replyConsumeOK(channel: received.channel, tag: tag)
+                connection.deliver(channel: received.channel, consumerTag: tag, tag: 1, key: "a.b", body: [1])
+                return true
+            }
+            return Self.isCancel(received)
+        } body: { transport, broker in
+            try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) { consumer in
+                let delivery = try #require(try await consumer.next())
+                consumer.widen(to: 10)
+                try await broker.waitUntil { $0.received.contains(where: Self.isCancel) }
+                try consumer.settle(delivery, .acknowledge)
+                await transport.close(timeout: .seconds(10))
+            }
+            let isClose = { @Sendable (received: FakeBroker.Received) in
+                if case .connectionClose = received.kind { true } else { false }
+            }
+            try await broker.waitUntil { $0.received.contains(where: isClose) }
+            let received = broker.received
+            let ack = try #require(received.firstIndex(where: Self.isAck))
+            let close = try #require(received.firstIndex(where: isClose))
+            #expect(ack < close)
+        }
+    }
+
     @Test func `a channel that was given up is closed once, however often the broker closes it`() async throws {
         let isMute = Mutex(true)
         try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in
