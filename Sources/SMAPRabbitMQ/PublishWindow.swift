@@ -873,6 +873,8 @@ struct PublishWindow {
     private mutating func dropAnswered(_ resumptions: inout Resumptions) {
         for publish in unsent where publish.isAnswered { free(publish) }
         unsent.removeAll(where: \.isAnswered)
+        // The suspect that waited for the others may be among them.
+        if search.onWire == 0, unsent.first?.isSuspect != true { search.testEnded() }
         admitWaiting(&resumptions)
         noteDrained(&resumptions)
     }

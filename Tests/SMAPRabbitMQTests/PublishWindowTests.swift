@@ -602,6 +602,20 @@ private final class Bench {
         #expect(bench.look { $0.count == 0 && $0.byteCount == 0 })
     }
 
+    @Test func `a suspect that leaves before it is written causes no reset`() throws {
+        let bench = Bench()
+        try bench.submit(1)
+        for _ in 0..<3 {
+            #expect(bench.write() == [1])
+            bench.lose()
+        }
+        try bench.submit(2, key: "slow.a")
+        #expect(bench.write() == [2])
+        #expect(bench.write().isEmpty, "the suspect waits")
+        bench.cancel(1)
+        #expect(bench.look { $0.resetTime } == .distantFuture)
+    }
+
     @Test func `a suspect that goes where nothing is confirmed does not stop the others`() throws {
         let bench = Bench()
         let due = bench.now.advanced(by: .seconds(30))
