@@ -170,8 +170,15 @@ final class DeclaredTopology: Sendable {
         }
     }
 
-    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile.
-    var isTesting: Bool { state.withLock { $0.losses.values.contains { $0.values.contains { $0 <= Self.lossLimit } } } }
+    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile. Not for one that the
+    /// broker only leaves unanswered: that may be so for ever.
+    var isTesting: Bool {
+        state.withLock { state in
+            state.losses.contains { key, losses in
+                state.failures[key]?.isSilent != true && losses.values.contains { $0 <= Self.lossLimit }
+            }
+        }
+    }
 
     var hasFailures: Bool { state.withLock { !$0.failures.isEmpty } }
 

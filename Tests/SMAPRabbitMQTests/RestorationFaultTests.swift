@@ -129,6 +129,18 @@ extension TransportFaultTests {
         #expect(topology.hasFailures)
     }
 
+    @Test func `a declaration that is only silent does not have the others declared one by one`() {
+        let topology = DeclaredTopology()
+        let operation = BrokerRequest.Operation.declareQueue(QueueDeclaration("q"))
+        #expect(!topology.insert(operation))
+        let gone = EventsError(.connectionLost, "gone", operation: "connection")
+        _ = topology.lost(operation, gone, on: "publish", now: .now, limit: .seconds(15))
+        #expect(topology.isTesting)
+        let silent = EventsError(.deadlineExceeded, "no answer", operation: "connection")
+        _ = topology.failed(operation, silent, now: .now, limit: .seconds(15), endedConnection: false)
+        #expect(!topology.isTesting)
+    }
+
     @Test func `the time in which everything waits does not begin again with each connection that is of no use`()
         async throws
     {
