@@ -37,6 +37,11 @@ package struct MonotonicTime: Sendable, Hashable, Comparable {
         return overflow ? .distantFuture : MonotonicTime(nanoseconds: sum)
     }
 
+    /// The time until `other`, zero if it has passed.
+    package func duration(to other: MonotonicTime) -> Duration {
+        .nanoseconds(other > self ? other.nanoseconds - nanoseconds : 0)
+    }
+
     /// The end of one of `shares` equal parts of the time until `deadline`.
     package func advanced(share shares: Int, until deadline: MonotonicTime) -> MonotonicTime {
         guard deadline > self, shares > 0 else { return self }

@@ -310,17 +310,30 @@ final class AMQPDriver: ConnectionDriver {
                 connection.restorationFailed(operation, error, endedConnection: true)
             default: break
             }
-            switch unnamedStepInFlight(error) {
-            case .request(let request):
-                let losses = request.losses.add(1, ordering: .relaxed).newValue
-                if losses >= DeclaredTopology.lossLimit { blamed = request }
-            case .restored(let operation): connection.restorationLost(operation, error)
-            default: break
-            }
             // Without a name, a message is to blame only where there was nothing else.
-            let cause = AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
-            connection.ended(error, sentBytes: stream.sentCount, blamed: blamed, cause: cause)
+            let cause =
+                connection.hasStalled
+                ? .other : AMQPFailure.cause(of: error, hasRequests: channels.values.contains { !$0.isIdle })
+            if cause == .unexplained {
+                switch unnamedStepInFlight(error) {
+                case .request(let request):
+                    let losses = request.losses.add(1, ordering: .relaxed).newValue
+                    if losses >= DeclaredTopology.lossLimit { blamed = request }
+                case .restored(let operation): connection.restorationLost(operation, error)
+                default: break
+                }
+            }
+            // Where there is not even a close, a declaration that is under way is as likely.
+            let isDeclaring = (error is SocketError || error is TLSError) && topology.oldestDeclaration != nil
+            connection.ended(
+                error, sentBytes: stream.sentCount, blamed: blamed, cause: isDeclaring ? .other : cause)
         } else {
+            // What waited until a consumer is widened waits no longer.
+            for channel in channels.values where channel.isOpen {
+                if case .consuming(let consumer) = channel.role {
+                    sendSettlements(of: consumer, on: channel, isLast: true)
+                }
+            }
             sayGoodbye()
             connection.end(EventsError(.closed, "the transport was closed", operation: "connection"))
         }

@@ -56,6 +56,8 @@ enum AMQPFailure: Error {
     /// - Parameter hasRequests: Whether requests were in flight: then one of them may be to blame as well.
     static func cause(of failure: any Error, hasRequests: Bool) -> Cause {
         switch failure {
+        // RabbitMQ says so of a message that crashes its channel: it names neither the message nor the method.
+        case AMQPFailure.closedByBroker(541, _, 0): .unexplained
         case AMQPFailure.closedByBroker(let code, _, _) where isStateOfServer(code): .other
         case AMQPFailure.closedByBroker(_, _, AMQP_BASIC_PUBLISH_METHOD): .message
         case AMQPFailure.closedByBroker(let code, _, 0):

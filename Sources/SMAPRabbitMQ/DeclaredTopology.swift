@@ -34,8 +34,9 @@ final class DeclaredTopology: Sendable {
         var bindings: [QueueBinding: Int] = [:]
         /// By the description of the declaration.
         var failures: [String: Failure] = [:]
-        /// By the description: how many connections have ended, naming nothing, while this was the oldest under way.
-        var losses: [String: Int] = [:]
+        /// By the description, then by connection: how often that has ended, naming nothing, while this was the oldest under way.
+        /// An outage of the broker ends all connections, and must not count for each.
+        var losses: [String: [String: Int]] = [:]
         var count: Int { exchanges.count + queues.count + bindings.count }
         var lastPosition = 0
         /// Whether something was beyond the limit.
@@ -43,7 +44,8 @@ final class DeclaredTopology: Sendable {
 
         /// What is sent behind all others: it would hold them up, or end the connection before they are answered.
         func isLast(_ failure: Failure) -> Bool {
-            failure.isSilent || losses["\(failure.operation)", default: 0] >= DeclaredTopology.lossLimit
+            failure.isSilent
+                || losses["\(failure.operation)", default: [:]].values.contains { $0 >= DeclaredTopology.lossLimit }
         }
 
         /// All declarations, in the order in which they can be repeated.
@@ -152,10 +154,13 @@ final class DeclaredTopology: Sendable {
 
     /// A connection has ended, naming nothing, while a declaration was the oldest under way. True if that is to blame from now
     /// on: it is sent as the last one then, and left out for a while when it ends one more.
-    func lost(_ operation: BrokerRequest.Operation, _ error: EventsError, now: MonotonicTime, limit: Duration) -> Bool {
+    func lost(
+        _ operation: BrokerRequest.Operation, _ error: EventsError, on connection: String, now: MonotonicTime,
+        limit: Duration
+    ) -> Bool {
         state.withLock { state in
-            let losses = state.losses["\(operation)", default: 0] + 1
-            state.losses["\(operation)"] = losses
+            let losses = state.losses["\(operation)", default: [:]][connection, default: 0] + 1
+            state.losses["\(operation)", default: [:]][connection] = losses
             guard losses >= Self.lossLimit else { return false }
             let known = state.failures["\(operation)"]
             var failure = Failure(operation: operation, since: known?.since ?? now, error: error, triedAt: now)
@@ -165,8 +170,15 @@ final class DeclaredTopology: Sendable {
         }
     }
 
-    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile.
-    var isTesting: Bool { state.withLock { $0.losses.values.contains { $0 <= Self.lossLimit } } }
+    /// Whether it is being found out which declaration ends connections: one at a time is sent meanwhile. Not for one that the
+    /// broker only leaves unanswered: that may be so for ever.
+    var isTesting: Bool {
+        state.withLock { state in
+            state.losses.contains { key, losses in
+                state.failures[key]?.isSilent != true && losses.values.contains { $0 <= Self.lossLimit }
+            }
+        }
+    }
 
     var hasFailures: Bool { state.withLock { !$0.failures.isEmpty } }
 

@@ -36,6 +36,8 @@ final class PendingPublish: @unchecked Sendable {
     var tag: UInt64 = 0
     /// Where its first byte stands in the stream of that connection.
     var position: UInt64 = 0
+    /// When it was written there.
+    var writtenAt = MonotonicTime(nanoseconds: 0)
     /// How many connections have ended while it was under way, as far as a message may have ended them.
     var lossCount = 0
     /// How many of them have ended while it was the only message under way.
@@ -48,6 +50,13 @@ final class PendingPublish: @unchecked Sendable {
     var isSuspect = false
     /// As a suspect it is written with so many others at most, itself included.
     var groupLimit = Int.max
+
+    /// Whether it is a suspect and goes where nothing was confirmed in time: it is not written together with others.
+    var isPutBack = false
+    /// Whether the channel was reset while it was a suspect on the wire. The next time it may stay there.
+    var wasSilent = false
+    /// Whether it is a suspect on the wire that the others do not wait for any more.
+    var isLeft = false
 
     init(_ message: EncodedMessage, deadline: MonotonicTime, caller: Caller) {
         self.message = message

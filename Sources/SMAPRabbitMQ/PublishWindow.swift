@@ -337,15 +337,16 @@ struct PublishWindow {
             putBackLoneSuspects()
         }
         // Suspects go one group at a time, and nothing else meanwhile: when the channel closes, the guilty one is among them.
+        if search.left > 0 { putBackSilent() }
         let isTesting = unsent.first?.isSuspect == true
         if search.onWire > 0 {
             // The group may be larger than what the socket takes at a time.
             guard let next = unsent.first, isTesting, search.admits(next) else { return [] }
-        } else if isTesting, !sent.isEmpty {
-            search.awaitOthers(now: now)
+        } else if let next = unsent.first, isTesting, !sent.isEmpty {
+            if search.left > 0, next.wasSilent { search.awaitLeft(now: now) } else { search.awaitOthers(now: now) }
             return []
         } else {
-            search.takenBack()
+            search.testEnded()
         }
         var hasFreed = false
         while let next = unsent.first, next.isSuspect == isTesting, !isTesting || search.admits(next),
@@ -381,6 +382,7 @@ struct PublishWindow {
             next.tag = nextTag
             nextTag += 1
             next.position = position
+            next.writtenAt = now
             position += UInt64(length)
             batch.append(next)
         }
@@ -397,6 +399,16 @@ struct PublishWindow {
         guard let first = unsent.first, first.isSuspect, first.loneLossCount > 0 else { return }
         // If there are no others, they take turns.
         let count = unsent.firstIndex { $0.loneLossCount == 0 } ?? 1
+        unsent.append(contentsOf: unsent.prefix(count))
+        unsent.removeFirst(count)
+    }
+
+    /// What is left on the wire may never be answered: all others pass the suspects that wait for it.
+    private mutating func putBackSilent() {
+        func isSilent(_ publish: PendingPublish) -> Bool { publish.isSuspect && publish.wasSilent }
+        guard let first = unsent.first, isSilent(first), let count = unsent.firstIndex(where: { !isSilent($0) }) else {
+            return
+        }
         unsent.append(contentsOf: unsent.prefix(count))
         unsent.removeFirst(count)
     }
@@ -473,8 +485,7 @@ struct PublishWindow {
         if publish.isAnswered { count(orphan: publish, -1) }
         if let message = publish.message { refusals.accepted(message.destination) }
         let requestID = publish.message?.requestID
-        if publish.isSuspect { search.settled(now: now) }
-        search.answered()
+        search.answered(publish, now: now)
         hasSettled = true
         if lastUnconfirmed?.destination == publish.destination { lastUnconfirmed = nil }
         publish.settle()
@@ -560,6 +571,8 @@ struct PublishWindow {
 
     /// The channel is closed by us, because destinations do not confirm: what no caller waits for is given up, the rest is
     /// written again. Returns also which destination it is, the first if there are several.
+    ///
+    /// Suspects stay suspects, in groups as large as before: a slow broker has not answered for the guilty one either.
     mutating func channelReset(now: MonotonicTime) -> (Resumptions, destination: String?) {
         var resumptions = Resumptions()
         let unanswered = sent.first { $0.isAnswered && !$0.isSettled } ?? sent.first { !$0.isSettled }
@@ -569,17 +582,18 @@ struct PublishWindow {
         let destination = unanswered == nil ? nil : lastUnconfirmed?.name
         let stuck = Set(sent.lazy.filter { !$0.isSettled }.map { Self.share(of: $0.destination) })
         let taken = takeBack(&resumptions)
+        search.reset()
         for publish in unsent.prefix(taken.count) {
             // The channel was not closed for it.
-            publish.isSuspect = false
             publish.interruptionCount = 0
+            if publish.isSuspect { (publish.isPutBack, publish.wasSilent) = (true, true) }
         }
         if unsent.contains(where: \.isSuspect) { putBack(stuck, tried: taken.count) }
         return (resumptions, destination)
     }
 
-    /// Puts what goes to destinations that do not confirm behind everything else: one of them holds up the search once,
-    /// however many suspects go there.
+    /// Puts what goes to destinations that do not confirm behind everything else: none of them holds up the others for longer than
+    /// suspects may go unanswered.
     ///
     /// - Parameter tried: So many messages were in flight. They come last, so that another search begins with others.
     private mutating func putBack(_ stuck: Set<Int>, tried: Int) {
@@ -590,8 +604,7 @@ struct PublishWindow {
                 others.append(publish)
                 continue
             }
-            publish.isSuspect = false
-            publish.interruptionCount = 0
+            publish.isPutBack = true
             untried.append(publish)
         }
         unsent = others + untried + last
@@ -619,8 +632,16 @@ struct PublishWindow {
         return search.limit
     }
 
-    /// Whether the channel must be opened again now.
-    func needsReset(now: MonotonicTime) -> Bool { now >= resetTime }
+    /// Whether the channel must be opened again now. Not for suspects that it was opened again for before: those have ended no
+    /// connection in their time, and stay on the wire. So a slow broker can answer them, and the others go on beside them.
+    mutating func needsReset(now: MonotonicTime) -> Bool {
+        guard now >= resetTime else { return false }
+        if search.onWire > 0, now >= search.limit, sent.allSatisfy({ $0.isSettled || !$0.isSuspect || $0.wasSilent }) {
+            search.leave()
+            for publish in sent where publish.isSuspect { publish.isLeft = true }
+        }
+        return now >= resetTime
+    }
 
     /// What is written and not confirmed, for longer than it should be; nil if there is no such destination.
     func unconfirmedDestination(now: MonotonicTime) -> String? {
@@ -832,6 +853,7 @@ struct PublishWindow {
                 publish.isInDoubt = true
             }
             publish.isOnWire = false
+            publish.isLeft = false
             publish.isReturned = false
             unsent.prepend(publish)
             if !publish.isAnswered { taken.count += 1 }
@@ -851,6 +873,8 @@ struct PublishWindow {
     private mutating func dropAnswered(_ resumptions: inout Resumptions) {
         for publish in unsent where publish.isAnswered { free(publish) }
         unsent.removeAll(where: \.isAnswered)
+        // The suspect that waited for the others may be among them.
+        if search.onWire == 0, unsent.first?.isSuspect != true { search.testEnded() }
         admitWaiting(&resumptions)
         noteDrained(&resumptions)
     }

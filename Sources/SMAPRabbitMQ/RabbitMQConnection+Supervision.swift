@@ -72,6 +72,9 @@ extension RabbitMQConnection {
         change(to: .blocked, error)
     }
 
+    /// Whether the watchdog has shut down the socket of the connection that is open now, or was a moment ago.
+    var hasStalled: Bool { shared.withLock { $0.hasStalled } }
+
     /// A connection that was open has ended by itself. The thread then asks for ``retryDelay(after:)``.
     ///
     /// - Parameters:
@@ -80,11 +83,11 @@ extension RabbitMQConnection {
     ///   - cause: Whether a message may have ended it.
     func ended(_ failure: any Error, sentBytes: UInt64, blamed: BrokerRequest?, cause: AMQPFailure.Cause) {
         let error = AMQPFailure.error(from: failure, server: "\(configuration)", connecting: false)
-        let (consumers, requests, hasStalled) = shared.withLock { shared in
+        let (consumers, requests) = shared.withLock { shared in
             defer { shared.consumers = [:] }
             // What is in the mailbox is among the requests, and must not be taken twice.
             _ = mailbox.takeAll()
-            return (Array(shared.consumers.values), Array(shared.requests.values), shared.hasStalled)
+            return (Array(shared.consumers.values), Array(shared.requests.values))
         }
         change(to: .recovering, error)
         for consumer in consumers {
@@ -93,10 +96,7 @@ extension RabbitMQConnection {
                 error.isRetriable ? error : EventsError(.connectionLost, error.message, operation: error.operation))
         }
         repliesLost(error)
-        resume(
-            window.withLock {
-                $0.connectionLost(error, sentBytes: sentBytes, cause: hasStalled ? .other : cause)
-            })
+        resume(window.withLock { $0.connectionLost(error, sentBytes: sentBytes, cause: cause) })
         for request in requests.sorted(by: { $0.number < $1.number }) {
             switch request.operation {
             case .stopConsumer, .closeConsumer:
@@ -233,7 +233,7 @@ extension RabbitMQConnection {
     /// A connection has ended, naming nothing, while a declaration was the oldest one under way.
     func restorationLost(_ operation: BrokerRequest.Operation, _ error: any Error) {
         let error = AMQPFailure.error(from: error, server: "", connecting: false)
-        let isNews = topology.lost(operation, error, now: .now, limit: configuration.stallLimit)
+        let isNews = topology.lost(operation, error, on: name, now: .now, limit: configuration.stallLimit)
         if isNews { logFailure(of: operation, error) }
     }
 

@@ -97,6 +97,104 @@ extension TransportFaultTests {
         }
     }
 
+    @Test func `what was settled while a consumer was widened is sent before the transport closes`() async throws {
+        try await withTransport { received, connection in
+            if case .consume(_, let tag) = received.kind {
+                connection.replyConsumeOK(channel: received.channel, tag: tag)
+                connection.deliver(channel: received.channel, consumerTag: tag, tag: 1, key: "a.b", body: [1])
+                return true
+            }
+            return Self.isCancel(received)
+        } body: { transport, broker in
+            try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) { consumer in
+                let delivery = try #require(try await consumer.next())
+                consumer.widen(to: 10)
+                try await broker.waitUntil { $0.received.contains(where: Self.isCancel) }
+                try consumer.settle(delivery, .acknowledge)
+                await transport.close(timeout: .seconds(10))
+            }
+            let isClose = { @Sendable (received: FakeBroker.Received) in
+                if case .connectionClose = received.kind { true } else { false }
+            }
+            try await broker.waitUntil { $0.received.contains(where: isClose) }
+            let received = broker.received
+            let ack = try #require(received.firstIndex(where: Self.isAck))
+            let close = try #require(received.firstIndex(where: isClose))
+            #expect(ack < close)
+        }
+    }
+
+    private final class Flag: Sendable {
+        private let value = Mutex(false)
+        var isSet: Bool { value.withLock { $0 } }
+        func set() { value.withLock { $0 = true } }
+    }
+
+    @Test func `settlements are flushed when the broker has answered what stands behind them`() async throws {
+        let (isHeld, isFlushed) = (Flag(), Flag())
+        try await withTransport { received, connection in
+            if case .consume(_, let tag) = received.kind {
+                connection.replyConsumeOK(channel: received.channel, tag: tag)
+                connection.deliver(channel: received.channel, consumerTag: tag, tag: 1, key: "a.b", body: [1])
+                return true
+            }
+            guard case .qos = received.kind else { return false }
+            return isHeld.isSet
+        } body: { transport, broker in
+            let isQoS = { @Sendable (received: FakeBroker.Received) in
+                if case .qos = received.kind { true } else { false }
+            }
+            try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) { consumer in
+                let delivery = try #require(try await consumer.next())
+                isHeld.set()
+                try consumer.settle(delivery, .acknowledge)
+                let deadline = soon()
+                let flush = Task {
+                    try await consumer.flushSettlements(deadline: deadline)
+                    isFlushed.set()
+                }
+                try await broker.waitUntil {
+                    $0.received.count(where: isQoS) == 2 && $0.received.contains(where: Self.isAck)
+                }
+                let received = broker.received
+                let qos = try #require(received.lastIndex(where: isQoS))
+                let ack = try #require(received.firstIndex(where: Self.isAck))
+                #expect(ack < qos && received[ack].channel == received[qos].channel)
+                for _ in 1...3 { _ = try await transport.status(of: "q", deadline: soon()) }
+                #expect(!isFlushed.isSet)
+                broker.connections[0].send(classID: 60, methodID: 11, channel: received[qos].channel)
+                try await flush.value
+            }
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
+    @Test func `settlements are not flushed where the channel is gone`() async throws {
+        let isHeld = Flag()
+        try await withTransport { received, _ in
+            guard case .qos = received.kind else { return false }
+            return isHeld.isSet
+        } body: { transport, broker in
+            try await transport.withConsumer(on: "q", prefetch: 1, deadline: soon()) { consumer in
+                isHeld.set()
+                let deadline = soon()
+                let flush = Task { try await consumer.flushSettlements(deadline: deadline) }
+                try await broker.waitUntil { broker in
+                    broker.received.count { if case .qos = $0.kind { true } else { false } } == 2
+                }
+                let channel = broker.received.last { if case .qos = $0.kind { true } else { false } }?.channel
+                broker.connections[0].closeChannel(try #require(channel), code: 541, text: "INTERNAL_ERROR")
+                let first = await #expect(throws: EventsError.self) { try await flush.value }
+                #expect(first?.code == .connectionLost)
+                let error = await #expect(throws: EventsError.self) {
+                    try await consumer.flushSettlements(deadline: soon())
+                }
+                #expect(error?.code == .connectionLost)
+            }
+            #expect(broker.acceptedCount == 1)
+        }
+    }
+
     @Test func `a channel that was given up is closed once, however often the broker closes it`() async throws {
         let isMute = Mutex(true)
         try await withTransport(FakeBroker.Options(), Settings { $0.stallLimit = .seconds(1) }) { received, _ in

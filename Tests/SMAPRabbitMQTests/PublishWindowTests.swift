@@ -555,7 +555,10 @@ private final class Bench {
 
     @Test(arguments: [
         (AMQPFailure.closedByBroker(code: 320, text: "", method: 0), AMQPFailure.Cause.other),
-        (.closedByBroker(code: 541, text: "", method: 0), .other),
+        (.closedByBroker(code: 541, text: "", method: 0), .unexplained),
+        (.closedByBroker(code: 541, text: "", method: 0x0032_000A), .other),
+        (.closedByBroker(code: 313, text: "", method: 0), .other),
+        (.closedByBroker(code: 506, text: "", method: 0), .other),
         (.closedByBroker(code: 403, text: "", method: 0x0032_000A), .other),
         (.closedByBroker(code: 501, text: "", method: 0x003C_0028), .message),
         (.closedByBroker(code: 501, text: "", method: 0), .message),
@@ -570,6 +573,24 @@ private final class Bench {
         #expect(AMQPFailure.cause(of: SocketError(.interrupted, "closed"), hasRequests: false) == .other)
     }
 
+    @Test func `what stands before a suspect may take its time as long as the broker answers`() throws {
+        let bench = Bench()
+        try bench.submit(1)
+        for _ in 0..<3 {
+            #expect(bench.write() == [1])
+            bench.lose()
+        }
+        for id in 2...6 { try bench.submit(id) }
+        #expect(bench.write() == [2, 3, 4, 5, 6])
+        #expect(bench.write().isEmpty, "the suspect waits for them")
+        for tag in 1...5 {
+            bench.now = bench.now.advanced(by: .milliseconds(1_500))
+            #expect(!bench.needsReset)
+            #expect(bench.confirm(UInt64(tag)))
+        }
+        #expect(bench.write() == [1])
+    }
+
     @Test func `a message whose header is larger than the broker's frames fails alone`() throws {
         let bench = Bench()
         try bench.submit(1)
@@ -579,6 +600,20 @@ private final class Bench {
         #expect(bench.results == [2: "eventTooLarge rejected"])
         #expect(bench.confirm(2, multiple: true))
         #expect(bench.look { $0.count == 0 && $0.byteCount == 0 })
+    }
+
+    @Test func `a suspect that leaves before it is written causes no reset`() throws {
+        let bench = Bench()
+        try bench.submit(1)
+        for _ in 0..<3 {
+            #expect(bench.write() == [1])
+            bench.lose()
+        }
+        try bench.submit(2, key: "slow.a")
+        #expect(bench.write() == [2])
+        #expect(bench.write().isEmpty, "the suspect waits")
+        bench.cancel(1)
+        #expect(bench.look { $0.resetTime } == .distantFuture)
     }
 
     @Test func `a suspect that goes where nothing is confirmed does not stop the others`() throws {
@@ -663,6 +698,116 @@ private final class Bench {
         #expect(bench.results[guilty] == "eventRefused unknown")
         #expect(bench.results.values.count { $0 == "confirmed" } == 20)
         #expect(resets <= limit)
+    }
+
+    /// Runs a broker that confirms each message some time after it was written, and of which one message ends the connection
+    /// at once. Time is the bench's own. Returns how many copies there were of each message.
+    private func run(
+        _ bench: Bench, guilty: Int, count: Int, confirming delay: (Int) -> Duration?
+    ) -> [Int: Int] {
+        var copies: [Int: Int] = [:]
+        var due: [(time: MonotonicTime, tag: UInt64)] = []
+        var lastTag: UInt64 = 0
+        let end = bench.now.advanced(by: .seconds(600))
+        while bench.results.count < count, bench.now < end {
+            let batch = bench.write()
+            for id in batch {
+                lastTag += 1
+                copies[id, default: 0] += 1
+                if let delay = delay(id) { due.append((bench.now.advanced(by: delay), lastTag)) }
+            }
+            if batch.contains(guilty) {
+                bench.lose()
+                (due, lastTag) = ([], 0)
+                continue
+            }
+            due.sort { $0.time < $1.time }
+            let resetTime = bench.look { $0.resetTime }
+            if let first = due.first, first.time < resetTime {
+                due.removeFirst()
+                bench.now = max(bench.now, first.time)
+                #expect(bench.confirm(first.tag))
+                continue
+            }
+            guard batch.isEmpty else { continue }
+            guard resetTime < .distantFuture else { break }
+            bench.now = max(bench.now, resetTime)
+            guard bench.needsReset else { continue }
+            bench.reset()
+            (due, lastTag) = ([], 0)
+        }
+        return copies
+    }
+
+    @Test(arguments: [1, 3, 5, 7])
+    func `a message that ends connections is found although the broker confirms only after seconds`(
+        seconds: Int
+    ) throws {
+        for guilty in [1, 51, 101] {
+            let bench = Bench(messages: 200)
+            for id in 1...101 { try bench.submit(id, key: id % 3 == 0 ? "a.c" : "a.b") }
+            let copies = run(bench, guilty: guilty, count: 101) { _ in .seconds(seconds) }
+            #expect(bench.results.values.count { $0 == "confirmed" } == 100)
+            #expect(bench.results[guilty] == "unknown")
+            #expect(copies.values.allSatisfy { $0 <= 16 }, "\(copies)")
+        }
+    }
+
+    @Test func `suspects are not written with more others after a reset than before`() throws {
+        let bench = Bench()
+        for id in 1...12 { try bench.submit(id, key: "slow.a") }
+        for _ in 0..<3 {
+            bench.write()
+            bench.lose()
+        }
+        #expect(bench.write() == [1, 2, 3, 4, 5, 6])
+        for _ in 0..<2 {
+            bench.now = bench.now.advanced(by: .seconds(20))
+            #expect(bench.needsReset)
+            bench.reset()
+            #expect(bench.write().count == 6)
+        }
+        // Each answer clears its own mark.
+        #expect(bench.confirm(0, multiple: true))
+        #expect(bench.write().count == 6)
+        #expect(bench.confirm(0, multiple: true))
+        for id in 13...24 { try bench.submit(id) }
+        #expect(bench.write().count == 12)
+    }
+
+    @Test func `suspects that go where nothing is confirmed let the others pass in the end`() throws {
+        let bench = Bench(messages: 400)
+        for id in 1...20 { try bench.submit(id, key: "stuck.a") }
+        for _ in 0..<3 {
+            bench.write()
+            bench.lose()
+        }
+        var (lastTag, resets, id) = (UInt64(0), 0, 1_000)
+        var longest = Duration.zero
+        var submitted: [Int: MonotonicTime] = [:]
+        // Ten minutes, in which a message to another destination comes every half a second.
+        for _ in 0..<1_200 {
+            id += 1
+            try bench.submit(id, key: "healthy.a")
+            submitted[id] = bench.now
+            while true {
+                let batch = bench.write()
+                if batch.isEmpty { break }
+                for id in batch {
+                    lastTag += 1
+                    guard let time = submitted[id] else { continue }
+                    #expect(bench.confirm(lastTag))
+                    longest = max(longest, time.duration(to: bench.now))
+                }
+            }
+            bench.now = bench.now.advanced(by: .milliseconds(500))
+            guard bench.needsReset else { continue }
+            bench.reset()
+            (lastTag, resets) = (0, resets + 1)
+        }
+        #expect(resets <= 3)
+        #expect(longest <= .seconds(4))
+        #expect(bench.results.values.count { $0 == "confirmed" } >= 1_199)
     }
 
     @Test func `a destination is known to be silent although the caller of what was tried is gone`() throws {

@@ -1,3 +1,4 @@
+import ConnectionThread
 import Foundation
 import Logging
 import SMAPEvents
@@ -83,6 +84,61 @@ extension TransportFaultTests {
             #expect(await isConfirmed(over: transport))
             #expect(broker.acceptedCount == 4)
         }
+    }
+
+    @Test func `a new declaration is not blamed for what the broker does for its own reasons`() async throws {
+        try await withTransport { received, connection in
+            guard case .declareQueue("q", _) = received.kind, received.connection <= 5 else { return false }
+            connection.closeConnection(code: 320, text: "CONNECTION_FORCED - broker forced connection closure")
+            return true
+        } body: { transport, broker in
+            try await transport.declare(QueueDeclaration("q"), deadline: soon())
+            #expect(broker.acceptedCount == 6)
+        }
+    }
+
+    @Test func `what is declared again is not blamed for what the broker does for its own reasons`() async throws {
+        try await withTransport { received, connection in
+            guard case .declareQueue("q.0", _) = received.kind, 2...6 ~= received.connection else { return false }
+            connection.closeConnection(code: 320, text: "CONNECTION_FORCED - broker forced connection closure")
+            return true
+        } body: { transport, broker in
+            for number in 0..<3 {
+                try await transport.declare(QueueDeclaration(try QueueName("q.\(number)")), deadline: soon())
+            }
+            broker.connections[0].drop()
+            #expect(await isConfirmed(over: transport))
+            let declared = broker.received.compactMap { one -> String? in
+                if one.connection == 7, case .declareQueue(let name, _) = one.kind { name } else { nil }
+            }
+            #expect(declared == ["q.0", "q.1", "q.2"])
+        }
+    }
+
+    @Test func `an outage that ends both connections counts once against a declaration`() {
+        let topology = DeclaredTopology()
+        let operation = BrokerRequest.Operation.declareQueue(QueueDeclaration("q"))
+        #expect(!topology.insert(operation))
+        let error = EventsError(.connectionLost, "gone", operation: "connection")
+        func lost(_ connection: String) -> Bool {
+            topology.lost(operation, error, on: connection, now: .now, limit: .seconds(15))
+        }
+        for _ in 1...2 { #expect(!lost("publish") && !lost("consume")) }
+        #expect(!topology.hasFailures)
+        #expect(lost("publish"), "three on one connection")
+        #expect(topology.hasFailures)
+    }
+
+    @Test func `a declaration that is only silent does not have the others declared one by one`() {
+        let topology = DeclaredTopology()
+        let operation = BrokerRequest.Operation.declareQueue(QueueDeclaration("q"))
+        #expect(!topology.insert(operation))
+        let gone = EventsError(.connectionLost, "gone", operation: "connection")
+        _ = topology.lost(operation, gone, on: "publish", now: .now, limit: .seconds(15))
+        #expect(topology.isTesting)
+        let silent = EventsError(.deadlineExceeded, "no answer", operation: "connection")
+        _ = topology.failed(operation, silent, now: .now, limit: .seconds(15), endedConnection: false)
+        #expect(!topology.isTesting)
     }
 
     @Test func `the time in which everything waits does not begin again with each connection that is of no use`()

@@ -1208,18 +1208,55 @@ import Waiting
         }
     }
 
-    @Test func `a message that ends each connection without a reason is found, and the others are confirmed`()
-        async throws
-    {
+    @Test(arguments: ["INTERNAL_ERROR", "loss"])
+    func `a message that ends each connection without a reason is found, and the others are confirmed`(
+        kind: String
+    ) async throws {
         try await withTransport { received, connection in
-            if received.publish?.routingKey == "bad.a" { connection.shut() }
-            return received.publish?.routingKey == "bad.a"
+            guard received.publish?.routingKey == "bad.a" else { return false }
+            if kind == "loss" { connection.shut() } else { connection.closeConnection(code: 541, text: kind) }
+            return true
         } body: { transport, _ in
             let messages = (0..<51).map { message($0 == 25 ? "bad.a" : "good.a") }
             let ends = await publish(messages, over: transport, deadline: 15)
             #expect(ends[25] == "unknownOutcome unknown")
             #expect(counts(ends)["routed"] == 50, "\(counts(ends))")
             #expect(await isConfirmed(over: transport))
+        }
+    }
+
+    @Test func `messages are not suspected where a declaration may have ended the connections`() async throws {
+        let counts = Mutex<[Int: (publishes: Int, declarations: Int)]>([:])
+        try await withTransport { received, connection in
+            var (isPublish, isDeclaration) = (false, false)
+            switch received.kind {
+            case .publish: isPublish = true
+            case .declareQueue: isDeclaration = true
+            default: return false
+            }
+            let count = counts.withLock { counts in
+                var count = counts[received.connection] ?? (0, 0)
+                if isPublish { count.publishes += 1 }
+                if isDeclaration { count.declarations += 1 }
+                counts[received.connection] = count
+                return count
+            }
+            if received.connection <= 3 {
+                if count == (2, 1) { connection.shut() }
+            } else if count.publishes == 2, isPublish {
+                connection.ack(channel: received.channel, tag: 2, multiple: true)
+            }
+            return true
+        } body: { transport, broker in
+            async let declared: String = end {
+                try await transport.declare(QueueDeclaration("bad"), deadline: soon())
+                return true
+            }
+            let ends = await publish([message(), message()], over: transport)
+            #expect(ends == ["routed", "routed"])
+            _ = await declared
+            #expect(!broker.received.contains { if case .channelClose = $0.kind { true } else { false } })
+            #expect(broker.acceptedCount == 4)
         }
     }
 

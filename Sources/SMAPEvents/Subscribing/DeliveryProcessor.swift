@@ -325,7 +325,7 @@ struct DeliveryProcessor: Sendable {
     /// write into queues that it may not write to itself.
     private func reply(to delivery: InboundDelivery, _ body: [UInt8], _ refusal: String?) async {
         guard let address = delivery.properties.replyTo else { return }
-        guard address.hasPrefix(Self.directReplyTo) else {
+        guard Self.isReplyAddress(address) else {
             log("reply dropped", delivery, reason: "reply_to is not an address of direct reply-to")
             return
         }
@@ -345,8 +345,29 @@ struct DeliveryProcessor: Sendable {
         }
     }
 
+    /// Whether an address can be one of RabbitMQ's for replies: a process and a key, both in base 64. What it cannot read
+    /// crashes its channel, and the connection with that.
+    static func isReplyAddress(_ address: String) -> Bool {
+        guard address.hasPrefix(directReplyTo) else { return false }
+        let parts = address.utf8.dropFirst(directReplyTo.utf8.count)
+            .split(separator: UInt8(ascii: "."), omittingEmptySubsequences: false)
+        return parts.count >= 2
+            && parts.allSatisfy { part in
+                !part.isEmpty
+                    && part.allSatisfy { byte in
+                        switch byte {
+                        case UInt8(ascii: "A")...UInt8(ascii: "Z"), UInt8(ascii: "a")...UInt8(ascii: "z"),
+                            UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "+"), UInt8(ascii: "/"),
+                            UInt8(ascii: "="), UInt8(ascii: "_"), UInt8(ascii: "-"):
+                            true
+                        default: false
+                        }
+                    }
+            }
+    }
+
     /// How RabbitMQ's addresses for replies begin (RabbitMQ guide, "Direct Reply-to").
-    private static let directReplyTo = "amq.rabbitmq.reply-to"
+    private static let directReplyTo = "amq.rabbitmq.reply-to."
 
     private func settle(_ inHand: DeliveryInHand, _ settlement: Settlement) -> Bool {
         do {

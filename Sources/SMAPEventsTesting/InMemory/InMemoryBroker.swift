@@ -41,7 +41,7 @@ public final class InMemoryBroker: EventTransport {
     private let state = Mutex(State())
     private let stopwatch: Stopwatch
     private let replies = ReplyRegistry()
-    private static let directReplyTo = "amq.rabbitmq.reply-to"
+    private static let directReplyTo = "amq.rabbitmq.reply-to.memory.0"
 
     /// Makes an empty broker: no exchanges, no queues.
     ///
