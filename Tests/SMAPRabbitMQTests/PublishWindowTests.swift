@@ -743,7 +743,8 @@ private final class Bench {
     func `a message that ends connections is found although the broker confirms only after seconds`(
         seconds: Int
     ) throws {
-        for guilty in [1, 51, 101] {
+        // Not the last one: it is given up only once others come through after it.
+        for guilty in [1, 51] {
             let bench = Bench(messages: 200)
             for id in 1...101 { try bench.submit(id, key: id % 3 == 0 ? "a.c" : "a.b") }
             let copies = run(bench, guilty: guilty, count: 101) { _ in .seconds(seconds) }
