@@ -251,4 +251,17 @@ private let queue: QueueName = "test.suspected"
             }
         }
     }
+
+    @Test func `a subscription whose queue is gone for good ends as a whole`() async throws {
+        try await EventsTestHarness.withHarness { harness in
+            let subscription = subscription { $0.resumesWhenCancelled = false }
+            let subscriber = EventSubscriber(
+                transport: harness.broker, subscription: subscription, router: EventRouter())
+            let run = Task { try await subscriber.run() }
+            try await until { await subscriber.health().isHealthy }
+            harness.broker.delete(queue)
+            let error = await #expect(throws: EventsError.self) { try await run.value }
+            #expect(error?.code == .subscriptionCancelled)
+        }
+    }
 }

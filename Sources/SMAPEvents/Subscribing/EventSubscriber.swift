@@ -91,7 +91,8 @@ public final class EventSubscriber: Service {
         defer { state.withLock { $0.runners = [] } }
         try await withThrowingTaskGroup(of: Void.self) { group in
             for runner in runners { group.addTask { try await runner.run() } }
-            try await group.waitForAll()
+            // If one of them fails, the other ends: `waitForAll` would wait for it.
+            while try await group.next() != nil {}
         }
     }
 
