@@ -209,7 +209,7 @@ extension RabbitMQConnection {
         noteUse()
     }
 
-    /// After the next loss everything waits for the topology anew; not while each connection ends before it is of use.
+    /// After the next loss everything waits for the topology again, as long as the first time; not while each connection ends before it is of use.
     func noteUse() {
         shared.withLock { shared in
             let isWaiting = shared.obstacles[.restoringTopology] != nil

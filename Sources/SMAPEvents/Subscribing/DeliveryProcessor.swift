@@ -214,13 +214,7 @@ struct DeliveryProcessor: Sendable {
     /// Moves the message to where it is handled alone. There its deaths are counted from ``EventSubscription/suspicion`` on,
     /// since others may have raised the count of its queue: reconnects, deployments, what another process gave back.
     private func isolate(_ inHand: DeliveryInHand) async -> ConsumerMetrics.Outcome {
-        let deaths = max(subscription.suspicion, inHand.earlierDeaths)
-        let copy = inHand.delivery.copy(
-            to: ExchangeName.requeue, queue: subscription.queue.suspectQueue,
-            headers: [
-                HistoryHeader.attempts: .integer(Int64(inHand.delivery.failedAttempts)),
-                HistoryHeader.deaths: .integer(Int64(deaths)),
-            ])
+        let copy = suspect(inHand, deaths: max(subscription.suspicion, inHand.earlierDeaths))
         log(
             "message may have killed its consumers", inHand.delivery,
             reason: "\(inHand.deaths) deliveries without an answer")
@@ -230,15 +224,20 @@ struct DeliveryProcessor: Sendable {
         return .isolated
     }
 
-    /// Has a suspect that was not handled, or not to the end, come again, without a death more. On the way out, when the task is
-    /// cancelled.
-    func putBack(_ inHand: DeliveryInHand) async {
-        let copy = inHand.delivery.copy(
+    /// A copy that is handled alone.
+    private func suspect(_ inHand: DeliveryInHand, deaths: Int) -> OutboundMessage {
+        inHand.delivery.copy(
             to: ExchangeName.requeue, queue: subscription.queue.suspectQueue,
             headers: [
                 HistoryHeader.attempts: .integer(Int64(inHand.delivery.failedAttempts)),
-                HistoryHeader.deaths: .integer(Int64(inHand.deaths)),
+                HistoryHeader.deaths: .integer(Int64(deaths)),
             ])
+    }
+
+    /// Has a suspect that was not handled, or not to the end, come again, without a death more. On the way out, when the task is
+    /// cancelled.
+    func putBack(_ inHand: DeliveryInHand) async {
+        let copy = suspect(inHand, deaths: inHand.deaths)
         await release(inHand)
         do {
             let isRouted = try await whateverHappens { [transport] in

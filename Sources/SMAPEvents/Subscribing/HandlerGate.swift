@@ -8,8 +8,8 @@ final class HandlerGate: Sendable {
         /// How many want to run alone, or do: meanwhile no other one begins.
         var lone = 0
         var isAlone = false
-        /// Opened at the next change.
-        var change = Latch()
+        /// Opened at the next change; nil if none is awaited, as is nearly always so.
+        var change: Latch?
     }
 
     private let state = Mutex(State())
@@ -61,13 +61,17 @@ final class HandlerGate: Sendable {
         _ isDone: @Sendable (inout State) -> Bool, otherwise: @Sendable (inout State) -> Void
     ) async {
         while true {
-            let (isOver, change) = state.withLock { state -> (Bool, Latch) in
-                if isDone(&state) { return (true, state.change) }
-                guard Task.isCancelled else { return (false, state.change) }
+            let change = state.withLock { state -> Latch? in
+                if isDone(&state) { return nil }
+                guard Task.isCancelled else {
+                    let change = state.change ?? Latch()
+                    state.change = change
+                    return change
+                }
                 otherwise(&state)
-                return (true, state.change)
+                return nil
             }
-            if isOver { return }
+            guard let change else { return }
             await change.wait()
         }
     }
@@ -75,9 +79,9 @@ final class HandlerGate: Sendable {
     private func change(_ body: (inout State) -> Void) {
         let latch = state.withLock { state in
             body(&state)
-            defer { state.change = Latch() }
+            defer { state.change = nil }
             return state.change
         }
-        latch.open()
+        latch?.open()
     }
 }
