@@ -15,21 +15,6 @@ private let queue: QueueName = "test.deliveries"
         var number: Int
     }
 
-    private final class Log: Sendable {
-        private let values = Mutex<[String]>([])
-        func add(_ value: String) { values.withLock { $0.append(value) } }
-        var all: [String] { values.withLock { $0 } }
-    }
-
-    /// Waits until something is so that only other tasks bring about; time on the manual clock stands still meanwhile.
-    private func until(_ condition: @Sendable () async -> Bool) async throws {
-        let end = ContinuousClock.now + .seconds(120)
-        while !(await condition()) {
-            try #require(ContinuousClock.now < end, "it never happened")
-            await Task.yield()
-        }
-    }
-
     private func subscription(_ change: (inout EventSubscription) -> Void = { _ in }) -> EventSubscription {
         var subscription = EventSubscription(queue: queue, bindings: ["test.#"])
         change(&subscription)

@@ -14,20 +14,6 @@ private let queue: QueueName = "test.suspected"
         var number: Int
     }
 
-    private final class Log: Sendable {
-        private let values = Mutex<[String]>([])
-        func add(_ value: String) { values.withLock { $0.append(value) } }
-        var all: [String] { values.withLock { $0 } }
-    }
-
-    private func until(_ condition: @Sendable () async -> Bool) async throws {
-        let end = ContinuousClock.now + .seconds(120)
-        while !(await condition()) {
-            try #require(ContinuousClock.now < end, "it never happened")
-            await Task.yield()
-        }
-    }
-
     private func subscription(_ change: (inout EventSubscription) -> Void = { _ in }) -> EventSubscription {
         var subscription = EventSubscription(queue: queue, bindings: ["test.#"])
         subscription.retry = RetryPolicy(rungs: [.milliseconds(1)])
